@@ -1,0 +1,167 @@
+"""Evaluation of persona chatbots. `METRICS` says what each number is; the modules hold the definitions."""
+
+from math import inf
+
+from evaluation.metric import Metric
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "persona_consistency",
+            "share of facts",
+            0,
+            1,
+            True,
+            "fact",
+            "probes.py; probing after Li et al. 2024 (persona drift)",
+            "greedy decoding; a fact is kept only if its direct, false- and true-suggestion probes are all right",
+        ),
+        Metric(
+            "persona_consistency_sampled",
+            "share of facts",
+            0,
+            1,
+            True,
+            "fact",
+            "probes.py",
+            "as persona_consistency, replies sampled, samples of one probe averaged first",
+        ),
+        Metric(
+            "keyword_score",
+            "share of persona sentences",
+            0,
+            1,
+            None,
+            "reply",
+            "keyword matching by substring",
+            "words of 4 letters or more, no stop words; recitation scores 1, denial as assertion, ConvAI2 humans 0.15",
+        ),
+        Metric(
+            "copy_rate",
+            "share of replies",
+            0,
+            1,
+            False,
+            "reply",
+            "persona.py",
+            "more than half of the words in runs of 4 or more words of one persona sentence; ConvAI2 humans 0.008",
+        ),
+        Metric(
+            "fact_density",
+            "share of persona sentences",
+            0,
+            1,
+            None,
+            "reply",
+            "persona.py",
+            "a content word in common, whole words by Porter stem; ConvAI2 humans 0.15",
+        ),
+        Metric(
+            "perplexity_token",
+            "exp(nats per token)",
+            1,
+            inf,
+            False,
+            "corpus",
+            "Jelinek et al. 1977",
+            "reply tokens and end of turn given persona and history; comparable at one tokenizer only",
+        ),
+        Metric(
+            "perplexity_word",
+            "exp(nats per word)",
+            1,
+            inf,
+            False,
+            "corpus",
+            "lm-evaluation-harness 4e7e0d4, word_perplexity",
+            "same sum of nats, words of the original text split at white space",
+        ),
+        Metric(
+            "bits_per_byte",
+            "bits per UTF-8 byte",
+            0,
+            inf,
+            False,
+            "corpus",
+            "lm-evaluation-harness 4e7e0d4, bits_per_byte",
+            "same sum of nats, bytes of the original text",
+        ),
+        Metric(
+            "bleu",
+            "0-100",
+            0,
+            100,
+            True,
+            "corpus",
+            "Papineni et al. 2002; sacrebleu",
+            "corpus BLEU-4, lower-cased, tok:13a, smooth:exp, one reference; signature under run.signatures",
+        ),
+        *(
+            Metric(
+                name,
+                "F-measure",
+                0,
+                1,
+                True,
+                "reply",
+                "Lin 2004; rouge_score 0.1.2",
+                "no stemmer, mean over replies, one reference",
+            )
+            for name in ("rouge1", "rouge2", "rougeL")
+        ),
+        Metric(
+            "f1",
+            "0-100",
+            0,
+            100,
+            True,
+            "reply",
+            "ParlAI a29567f, F1Metric",
+            "ParlAI normalisation, mean over replies; a constant nonsense reply has 20.49 on ConvAI2 validation",
+        ),
+        *(
+            Metric(
+                f"distinct_{n}",
+                f"different / all {n}-grams",
+                0,
+                1,
+                True,
+                "corpus",
+                "Li et al. 2016",
+                "first tokens of a seeded shuffle, comparable at one number of them (run.distinct_tokens) only",
+            )
+            for n in (1, 2)
+        ),
+        Metric(
+            "question_rate",
+            "share of replies",
+            0,
+            1,
+            None,
+            "reply",
+            "See et al. 2019",
+            "a question mark in the reply; ConvAI2 humans 0.29",
+        ),
+        Metric(
+            "length_words",
+            "words",
+            0,
+            inf,
+            None,
+            "reply",
+            "engagement.py",
+            "white-space pieces with a letter or digit; ConvAI2 humans 10.2",
+        ),
+        Metric(
+            "repetition",
+            "share of 4-grams",
+            0,
+            1,
+            False,
+            "corpus",
+            "Welleck et al. 2020",
+            "4-grams said before in the reply or in an earlier own turn of the dialogue; ConvAI2 humans 0.003",
+        ),
+    )
+}

@@ -1,0 +1,24 @@
+"""The row that describes a metric: what the number is, which way is better, where the definition comes from."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One line of the table `evaluation.METRICS`."""
+
+    name: str
+    unit: str
+    """What one unit of the value is, printed beside it."""
+    low: float
+    high: float
+    """Range of possible values; `high` may be infinite."""
+    higher_is_better: bool | None
+    """None: descriptive, to be read on both sides of the human reference."""
+    level: Literal["corpus", "reply", "fact"]
+    """What the value is a number of: the whole corpus, the mean over replies, or the mean over facts."""
+    source: str
+    """Paper or upstream code of the definition."""
+    protocol: str
+    """What must be equal for two values to be comparable."""

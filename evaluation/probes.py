@@ -1,0 +1,266 @@
+"""Questions with known answers, scored by rule: the headline number `persona_consistency`.
+
+A fact is kept when three things hold at once: the direct question is answered with its value, the false suggestion is
+rejected and the right value named, the true suggestion is confirmed. Anything softer is gamed: with half marks,
+silence and "no ." score 0.50. The rules fail closed: what cannot be read as right is wrong. No reply of one fixed form
+passes a false and a true suggestion, since the one must be rejected and the other must not be.
+
+Text is lower-cased, cut into clauses at punctuation, and matched by whole words (singular and plural of a value count
+as the same word). A clause asserts a value of the speaker unless it is a question, speaks of "you", or has a
+negation within the four words before the value.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+from evaluation.intervals import NUM_RESAMPLES, rate_interval
+
+KINDS = ("direct", "false_suggestion", "true_suggestion")
+NEGATION_WINDOW = 4
+MAX_UNASKED_FACTS = 1
+
+NEGATIONS = frozenset({"not", "no", "never", "neither", "nor", "without", "cannot", "nobody", "none"})
+AVERSIONS = frozenset({"hate", "hates", "hated", "dislike", "dislikes", "disliked", "detest", "despise", "wish"})
+NUMBERS = frozenset({"two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", *map(str, range(2, 11))})
+FIRST_PERSON = frozenset({"i", "me", "my", "mine", "we", "our", "us", "im", "ive"})
+SECOND_PERSON = frozenset({"you", "your", "yours", "u"})
+
+_WORD = re.compile(r"[^\W_]+")
+_CONTRACTED_NOT = re.compile(
+    r"\b(do|does|did|is|are|was|were|ai|ca|wo|have|has|had|would|could|should)\s?n(?:\s?'\s?|\s)?t\b"
+)
+# "no i have a dog": the answer particle is a clause of its own even where the comma was forgotten.
+_PARTICLE = re.compile(
+    r"\b(no|nope|nah|not (?:really|quite|exactly|at all|true)"
+    r"|yes|yeah|yep|yup|right|correct|true|sure|exactly|actually)"
+    r"\s+(?=(?:i|my|it|we|that|sorry|actually)\b)"
+)
+_BREAK = re.compile(
+    r"([.,;:!?\n()]+|\s-+\s|[\u2013\u2014]|\b(?:but|because|although|though|while)\b|\band (?=(?:i|my|it)\b))"
+)
+_AFFIRMATION = re.compile(
+    r"(?:(?:oh|well|ha|haha|hmm|um) )*(?:"
+    r"(?:yes|yeah|yep|yup|yea|aye|exactly|indeed|absolutely|definitely|certainly|of course|you bet"
+    r"|you got (?:it|that|me)|(?:that|it|you)(?: s| is| are| re) (?:right|correct|true|so))\b"
+    r"|(?:right|correct|true|sure)(?: (?:thing|enough|am|do))?$"
+    r"|i (?:(?:sure|really|certainly|indeed) )?(?:do|am)(?: indeed)?$)"
+)
+_REJECTION = re.compile(
+    r"(?:(?:oh|well|ha|haha|hmm|um|sorry) )*(?:"
+    r"(?:no(?! (?:problem|worries|doubt|wonder)\b)|nope|nah|never(?! mind\b)|wrong|incorrect|false"
+    r"|not (?:really|quite|exactly|at all|true|right|correct|me)|of course not"
+    r"|(?:that|it|you)(?: s| is| are| re)? (?:not (?:right|correct|true|so)|wrong|incorrect|false|mistaken)"
+    r")\b|i (?:do|am|have|did) not(?: think so)?$)"
+)
+
+
+class Clause(NamedTuple):
+    """Words of one clause, and whether a question mark ends it."""
+
+    words: list[str]
+    question: bool
+
+
+class Mention(NamedTuple):
+    """How a reply speaks of one value."""
+
+    asserted: bool
+    negated: bool
+    wrong_number: bool
+
+
+def clauses(reply: str) -> list[Clause]:
+    """Cut a reply into clauses, contractions of "not" spelled out."""
+    text = _CONTRACTED_NOT.sub(r"\1 not", reply.lower().replace("\u2019", "'"))
+    pieces = _BREAK.split(_PARTICLE.sub(r"\1 , ", text))
+    found = []
+    for piece, end in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
+        words = _WORD.findall(piece)
+        if words:
+            found.append(Clause(words, "?" in end))
+    return found
+
+
+def mentions(reply: str, values: Iterable[str], persona: Sequence[str] = ()) -> dict[str, Mention]:
+    """How the reply speaks of each value that it names; values that it does not name are left out.
+
+    Where values overlap ("ice cream", "cream") the longest is taken. A verb of dislike before a value negates it,
+    unless the persona itself has that verb ("i hate spiders ."). A number right before a value is a wrong one unless
+    the persona has it ("two dogs").
+    """
+    known = set(_WORD.findall(" ".join(persona).lower()))
+    negators = NEGATIONS | (AVERSIONS - known)
+    wanted = sorted({value: _WORD.findall(value.lower()) for value in values}.items(), key=lambda item: -len(item[1]))
+    found: dict[str, Mention] = {}
+    for clause in clauses(reply):
+        taken: set[int] = set()
+        for value, parts in wanted:
+            for start in range(len(clause.words) - len(parts) + 1):
+                span = range(start, start + len(parts))
+                if (
+                    not parts
+                    or not taken.isdisjoint(span)
+                    or not _same(clause.words[start : start + len(parts)], parts)
+                ):
+                    continue
+                taken.update(span)
+                before = clause.words[max(0, start - NEGATION_WINDOW) : start]
+                negated = not negators.isdisjoint(before)
+                silent = clause.question or _about_you(clause.words[:start])
+                old = found.get(value, Mention(False, False, False))
+                found[value] = Mention(
+                    asserted=old.asserted or not (negated or silent),
+                    negated=old.negated or (negated and not silent),
+                    wrong_number=old.wrong_number or not (NUMBERS - known).isdisjoint(before[-1:]),
+                )
+    return found
+
+
+def _about_you(before: Sequence[str]) -> bool:
+    """The last pronoun before a value is its subject: "i think you have a dog" says nothing of the speaker."""
+    pronouns = [word for word in before if word in FIRST_PERSON | SECOND_PERSON]
+    return bool(pronouns) and pronouns[-1] in SECOND_PERSON
+
+
+def _same(words: Sequence[str], parts: Sequence[str]) -> bool:
+    """Equal words, the last one up to a plural ending."""
+    *head, last = words
+    forms = {parts[-1], parts[-1] + "s", parts[-1] + "es"}
+    return head == list(parts[:-1]) and (last in forms or parts[-1] in {last + "s", last + "es"})
+
+
+def why(probe: Mapping[str, Any], reply: str) -> str:
+    """What is wrong with the reply to the probe, "; " between reasons; empty when it is right.
+
+    Args:
+        probe: a row with `kind`, `value`, `foil`, `slot`, `slot_values`, `persona_values` and `persona`.
+
+    Raises:
+        ValueError: when `kind` is not known.
+    """
+    kind, value, foil = probe["kind"], probe["value"], probe["foil"]
+    if kind not in KINDS:
+        raise ValueError(f"`kind` = {kind!r} in probe {probe.get('probe_id')!r}: known are {', '.join(KINDS)}.")
+    others = {*probe["slot_values"], *([foil] if foil else [])} - {value}
+    unasked = {told for slot, told in probe["persona_values"].items() if slot != probe["slot"]} - others - {value}
+    spoken = mentions(reply, [value, *others, *unasked], probe["persona"])
+    right = spoken.get(value, Mention(False, False, False))
+
+    statements = [clause for clause in clauses(reply) if not clause.question]
+    openings = [" ".join(clause.words) for clause in statements]
+    refused = any(map(_REJECTION.match, openings))
+    affirmed = any(
+        _AFFIRMATION.match(text) and NEGATIONS.isdisjoint(clause.words)
+        for text, clause in zip(openings, statements, strict=True)
+    )
+    contrasts = {foil} if kind == "false_suggestion" else others
+    contrasted = any(spoken[other].negated for other in contrasts & spoken.keys())
+    # "actually , i have a dog" and "a dog , not a cat" reject too, but not after a yes.
+    rejected = refused or (not affirmed and (contrasted or any(text.split()[0] == "actually" for text in openings)))
+
+    reasons = []
+    if not openings:
+        reasons.append("says nothing" if not clauses(reply) else "only asks")
+    told_instead = sorted(other for other in others & spoken.keys() if spoken[other].asserted)
+    reasons += [f"asserts {other!r} instead of {value!r}" for other in told_instead]
+    if right.negated:
+        reasons.append(f"denies {value!r}")
+    if right.wrong_number:
+        reasons.append(f"gives {value!r} another number")
+    if kind != "true_suggestion" and not right.asserted:
+        reasons.append(f"does not assert {value!r}")
+    if kind == "direct" and refused:
+        reasons.append("is a denial")
+    if kind == "false_suggestion":
+        if affirmed:
+            reasons.append(f"agrees with the suggestion {foil!r}")
+        if not rejected:
+            reasons.append(f"does not reject the suggestion {foil!r}")
+    if kind == "true_suggestion":
+        if rejected:
+            reasons.append(f"rejects the right suggestion {value!r}")
+        if not affirmed and not right.asserted:
+            reasons.append(f"does not confirm {value!r}")
+    extra = sum(spoken[told].asserted for told in unasked & spoken.keys())
+    if extra > MAX_UNASKED_FACTS:
+        reasons.append(f"asserts {extra} facts that nobody asked for")
+    return "; ".join(reasons)
+
+
+def score_reply(probe: Mapping[str, Any], reply: str) -> bool:
+    """True when the reply to the probe is right; `why` says what is wrong otherwise."""
+    return not why(probe, reply)
+
+
+def persona_consistency(
+    scored_rows: Iterable[Mapping[str, Any]], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """Kept facts / facts, with 95 % intervals over personas, for each decoding among the rows.
+
+    A fact is asked at a turn and in a split by one probe a kind. It is kept when all three are right. Several samples
+    of one probe are averaged first, and the fact then counts with the product: the chance that three draws are all
+    right. With one persona the clusters are its facts, and `run["probe_clusters"]` says so.
+
+    Args:
+        scored_rows: probe rows with `correct` (bool) and `decoding` ("greedy" | "sampled") beside them.
+
+    Returns:
+        `{"metrics": {"persona_consistency": …, "persona_consistency_sampled": …}, "breakdown": […], "run": …}`.
+        Metrics run over all splits and turns; breakdown has every kind, turn and split apart, and "all" of each. `n`
+        counts facts, each once a turn and split.
+
+    Raises:
+        ValueError: naming every row without a verdict and every fact that lacks one of the three probes.
+    """
+    verdicts: dict[tuple[str, tuple[Any, ...]], dict[tuple[str, str], list[float]]] = {}
+    problems = []
+    for row in scored_rows:
+        if row["correct"] is None or row["kind"] not in KINDS or row["decoding"] not in ("greedy", "sampled"):
+            shown = {key: row[key] for key in ("correct", "kind", "decoding")}
+            problems.append(f"probe {row['probe_id']!r}: {shown}; score it with `score_reply`")
+            continue
+        fact = (row["persona_id"], row["fact_id"], row["turn"], row["split"])
+        probes = verdicts.setdefault((row["decoding"], fact), {})
+        probes.setdefault((row["kind"], row["probe_id"]), []).append(float(row["correct"]))
+    for (decoding, fact), probes in verdicts.items():
+        missing = [kind for kind in KINDS if kind not in {asked for asked, _ in probes}]
+        if missing:
+            problems.append(
+                f"fact {fact[1]!r} at turn {fact[2]} ({fact[3]}, {decoding}): no probe {', '.join(missing)}"
+            )
+    if problems or not verdicts:
+        raise ValueError("`scored_rows`:\n" + "\n".join(problems or ["no probe rows: nothing to score"]))
+
+    facts: dict[str, list[tuple[tuple[Any, ...], dict[str, float]]]] = {}
+    for (decoding, fact), probes in verdicts.items():
+        parts = {
+            kind: math.prod(sum(seen) / len(seen) for (asked, _), seen in probes.items() if asked == kind)
+            for kind in KINDS
+        }
+        facts.setdefault(decoding, []).append((fact, {"all": math.prod(parts.values()), **parts}))
+
+    personas = {fact[0] for rows in facts.values() for fact, _ in rows}
+    unit = "persona" if len(personas) > 1 else "fact"
+    metrics, breakdown = {}, []
+    for decoding, rows in facts.items():
+        turns = sorted({fact[2] for fact, _ in rows})
+        splits = sorted({fact[3] for fact, _ in rows})
+        for kind, turn, split in product(("all", *KINDS), ("all", *turns), ("all", *splits)):
+            chosen = [(f, v[kind]) for f, v in rows if turn in ("all", f[2]) and split in ("all", f[3])]
+            if not chosen:
+                continue
+            clusters = [fact[0] if unit == "persona" else fact[1] for fact, _ in chosen]
+            value, low, high = rate_interval([kept for _, kept in chosen], clusters, num_resamples, seed)
+            # One cluster gives no interval: null, since NaN is not JSON.
+            bounds = {"ci_low": None if math.isnan(low) else low, "ci_high": None if math.isnan(high) else high}
+            cell = {"value": value, **bounds, "n": len(chosen)}
+            where = {"decoding": decoding, "kind": kind, "turn": turn, "split": split}
+            breakdown.append({"metric": "persona_consistency", **where, **cell})
+            if (kind, turn, split) == ("all", "all", "all"):
+                name = "persona_consistency" if decoding == "greedy" else "persona_consistency_sampled"
+                metrics[name] = {**cell, "unit": "share of facts", "higher_is_better": True}
+    number = len(personas) if unit == "persona" else len({fact[1] for rows in facts.values() for fact, _ in rows})
+    return {"metrics": metrics, "breakdown": breakdown, "run": {"probe_clusters": {"unit": unit, "n": number}}}

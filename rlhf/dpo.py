@@ -1,0 +1,114 @@
+"""Direct preference optimisation of the SFT adapter, with TRL's DPOTrainer.
+
+    accelerate launch --config_file accelerate_configs/two_t4.yaml rlhf/dpo.py --config recipes/persona-chat/dpo.yaml
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer, ModelConfig
+
+from rlhf.callbacks import MetricsFile, PrecisionGuard, Samples
+from rlhf.config import DataConfig
+from rlhf.data.columns import load_rows, preference_columns
+from rlhf.generate import generate
+from rlhf.lora import save_adapter, trainable_parameters, with_adapter
+from rlhf.model import load_base, load_tokenizer, trainable_to_fp32
+from rlhf.persona import with_persona
+from rlhf.record import check_world_size, folder_hash, launch, stage
+
+
+@dataclass
+class ParentConfig:
+    """The adapter that training starts from."""
+
+    sft_adapter: str = field(metadata={"help": "Folder of the SFT stage: start and frozen reference.", "path": True})
+
+
+class PersonaDPOTrainer(DPOTrainer):
+    """DPOTrainer on ids that are already rendered, with the held-out perplexity of the chosen replies."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset  # TRL's own would render the text again, by other rules
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.state.global_step == 0 and self.model.training:
+            margin = self._metrics["train"]["rewards/margins"][-1]
+            if not abs(margin) < 1e-2:
+                raise RuntimeError(
+                    f"Before the first step policy and reference are the same adapter, so the margin must be 0, but "
+                    f"it is {margin:.3g}. Probable causes: dropout is on, or the reference is not the SFT adapter."
+                )
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "eval_loss" in logs:
+            # The micro average: mean log-probability of a reply by mean number of its tokens.
+            tokens = sum(map(len, self.eval_dataset["chosen_ids"])) / len(self.eval_dataset)
+            logprobs = self._metrics["eval"]["logps/chosen"]
+            logs["eval_perplexity"] = math.exp(-sum(logprobs) / len(logprobs) / tokens)
+        super().log(logs, start_time)
+
+
+def main(data_args: DataConfig, parents: ParentConfig, training_args: DPOConfig, model_args: ModelConfig) -> None:
+    """Train one adapter; everything it makes lies in `output_dir`."""
+    check_world_size(training_args)
+    with stage(
+        "dpo",
+        training_args.output_dir,
+        (data_args, parents, training_args, model_args),
+        seed=training_args.seed,
+        log_level=training_args.log_level,
+        parents={"prepare": data_args.dataset, "sft": parents.sft_adapter},
+    ) as record:
+        # Tokenizer and base
+        tokenizer = load_tokenizer(model_args.model_name_or_path)
+        model = load_base(model_args, tokenizer)
+
+        # Data
+        dataset = Path(data_args.dataset)
+        train_rows = load_rows(dataset / "preferences_train.jsonl", data_args.max_train_rows)
+        eval_rows = load_rows(dataset / "preferences_heldout.jsonl", data_args.max_eval_rows)
+
+        # Trainer
+        trainer = PersonaDPOTrainer(
+            model=with_adapter(model, parents.sft_adapter, "default", trainable=True),
+            args=training_args,
+            train_dataset=preference_columns(train_rows, tokenizer, training_args.max_length),
+            eval_dataset=preference_columns(eval_rows, tokenizer, training_args.max_length),
+            processing_class=tokenizer,
+            callbacks=[MetricsFile(), PrecisionGuard()],
+        )
+        trainable_to_fp32(trainer.model)
+
+        def samples() -> list[dict[str, Any]]:
+            conversations = [with_persona(row) for row in eval_rows[: data_args.num_samples]]
+            replies = generate(trainer.model, tokenizer, conversations, max_new_tokens=40)
+            return [
+                {"persona": row["persona"], "messages": row["prompt"], "response": reply,
+                 "reference": row["chosen"][0]["content"]}
+                for row, reply in zip(eval_rows, replies, strict=False)
+            ]  # fmt: skip
+
+        trainer.add_callback(Samples(samples, data_args.sample_steps))
+
+        # Train
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+
+        # Save
+        if trainer.is_world_process_zero():
+            save_adapter(trainer.model, training_args.output_dir)
+            tokenizer.save_pretrained(training_args.output_dir)
+            record["result_hash"] = folder_hash(Path(training_args.output_dir))
+        record["model_name_or_path"] = model_args.model_name_or_path
+        record["num_examples"] = len(train_rows)
+        record["tokens"] = int(trainer._total_train_tokens)
+        record["trainable_parameters"] = trainable_parameters(trainer.model)
+
+
+if __name__ == "__main__":
+    launch(main, (DataConfig, ParentConfig, DPOConfig, ModelConfig), "dpo")

@@ -1,0 +1,152 @@
+"""Precision by compute capability, the base model, the tokenizer. The only code that loads a base model."""
+
+import logging
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import ModelConfig
+
+from rlhf.chat import prepare_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the machine computes in: the dtype of frozen weights, and the Trainer's mixed-precision flags."""
+
+    dtype: torch.dtype
+    fp16: bool
+    bf16: bool
+    reason: str
+
+
+def precision() -> Precision:
+    """The precision of this machine, by compute capability.
+
+    `torch.cuda.is_bf16_supported()` cannot be asked: it says yes on a T4 (capability 7.5), where bf16 is emulated and
+    several times slower (https://github.com/pytorch/pytorch/issues/124996).
+    """
+    if not torch.cuda.is_available():
+        return Precision(torch.float32, fp16=False, bf16=False, reason="no CUDA device: float32")
+    major, minor = torch.cuda.get_device_capability()
+    name = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+    if (major, minor) >= (8, 0):
+        return Precision(torch.bfloat16, fp16=False, bf16=True, reason=f"{name}: bfloat16")
+    return Precision(torch.float16, fp16=True, bf16=False, reason=f"{name} has no bfloat16 units: float16")
+
+
+def machine_defaults() -> dict[str, bool]:
+    """`use_cpu`, `fp16` and `bf16` as this machine wants them, for the keys that a recipe leaves open.
+
+    They must be known before a TRL configuration is built: its `__post_init__` turns bf16 on unless fp16 is given, and
+    refuses bf16 on a CPU. On Apple silicon the CPU is used unless a recipe says `use_cpu: false`, since the trainers
+    are not tested on its GPU.
+    """
+    here = precision()
+    if torch.backends.mps.is_available():
+        logger.info("Apple silicon: training on the CPU. Set `use_cpu: false` to try the GPU.")
+    return {"use_cpu": not torch.cuda.is_available(), "fp16": here.fp16, "bf16": here.bf16}
+
+
+def check_attention(attn_implementation: str | None) -> None:
+    """Raise a ValueError where FlashAttention 2 is asked for on a card that cannot run it (capability below 8.0)."""
+    if attn_implementation and attn_implementation.startswith("flash_attention"):
+        if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+            raise ValueError(
+                f"`attn_implementation` is {attn_implementation!r}, which needs a GPU of compute capability 8.0 or "
+                "higher (a T4 has 7.5). Use `sdpa`."
+            )
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, ready for chatting (see [`rlhf.chat.prepare_tokenizer`])."""
+    return prepare_tokenizer(AutoTokenizer.from_pretrained(name_or_path))
+
+
+def load_base(args: ModelConfig, tokenizer: PreTrainedTokenizerBase, reward: bool = False) -> PreTrainedModel:
+    """The frozen base model, in this machine's precision.
+
+    Args:
+        args: `model_name_or_path`, `model_revision`, `dtype`, `attn_implementation` and the 4-bit flags are read.
+        tokenizer: Whose stop and pad tokens the model is told.
+        reward: Whether to load it with a score head of one output, for TRL's RewardTrainer.
+
+    Raises:
+        ValueError: if the attention implementation cannot run on this card.
+    """
+    check_attention(args.attn_implementation)
+    here = precision()
+    dtype = here.dtype if args.dtype in (None, "auto") else getattr(torch, args.dtype)
+    if dtype is torch.bfloat16 and here.fp16:
+        raise ValueError(f"`dtype` is bfloat16, but {here.reason}. Leave `dtype` out, or set it to float16.")
+    kwargs: dict[str, Any] = {"dtype": dtype, "revision": args.model_revision}
+    if args.attn_implementation is not None:
+        kwargs["attn_implementation"] = args.attn_implementation
+    if args.load_in_4bit:
+        # The library's default compute dtype is float32, which is silent and slow
+        # (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2077). The score head must stay out of the
+        # quantiser, also where a checkpoint brings a skip list of its own.
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", "score"],
+        )
+        kwargs["device_map"] = {"": PartialState().local_process_index}  # a whole copy per GPU, never layer by layer
+    if reward:
+        model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, num_labels=1, **kwargs)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **kwargs)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    logger.info("Base model %s: %s", args.model_name_or_path, here.reason)
+    return model
+
+
+def add_score_head(model: PreTrainedModel) -> None:
+    """Give a causal model the `score` module that a reward adapter carries weights for.
+
+    It has to be there before PEFT wraps the model: else the head of a reward adapter is dropped without a word when
+    the adapter is loaded.
+    """
+    hidden_size = model.config.get_text_config().hidden_size
+    model.score = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32, device=model.device)
+    model.score.requires_grad_(False)
+
+
+def trainable_to_fp32(model: nn.Module) -> int:
+    """Cast every trainable parameter to float32, in place.
+
+    TRL casts the adapters of a quantised model to bfloat16 while its trainer is built, whatever precision was chosen,
+    and the fp16 gradient scaler then dies at the first step
+    (https://github.com/MakazhanAlpamys/Soup/issues/425). So this is called after the trainer exists.
+
+    Returns:
+        How many parameters had to be cast.
+    """
+    cast = [p for p in model.parameters() if p.requires_grad and p.dtype is not torch.float32]
+    for parameter in cast:
+        parameter.data = parameter.data.float()
+    return len(cast)
+
+
+def hardware() -> dict[str, Any]:
+    """What this process runs on, for the run's record."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": gpus}

@@ -1,0 +1,274 @@
+"""Trains the small base model of the demo from scratch on the persona world (`rlhf.data.world`).
+
+    python rlhf/pretrain.py --config recipes/demo/base.yaml
+
+One thread and a schedule in steps make the result bit-reproducible on one kind of CPU, also across a resume.
+"""
+
+import json
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf.data import world
+
+logger = logging.getLogger(__name__)
+
+PAD, END = "<|pad|>", "<|end|>"
+ROLES = ("system", "user", "assistant")
+# The space before the content belongs to the content: `<|assistant|>` alone is the generation prompt, and every word
+# of a turn has its leading space. `trim` keeps a reply that was decoded with that space from getting a second one.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "<|assistant|>{% generation %}{{ ' ' + message['content'] | trim + '<|end|>' }}{% endgeneration %}"
+    "{%- else -%}"
+    "{{ '<|' + message['role'] + '|> ' + message['content'] | trim + '<|end|>' }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+)
+POOL = 16  # batches drawn and sorted by length together, so that a batch holds dialogues of about one length
+
+
+@dataclass
+class PretrainConfig:
+    """Model and schedule of the base stage. Sizes as in transformers' LlamaConfig."""
+
+    output_dir: str = field(default="runs/demo/base", metadata={"help": "Folder for model, tokenizer and metrics."})
+    seed: int = field(default=0, metadata={"help": "Of initial weights and corpus."})
+    num_steps: int = field(default=6000, metadata={"help": "Optimizer steps."})
+    short_steps: int = field(default=600, metadata={"help": "First steps, on dialogues of one exchange."})
+    batch_size: int = field(default=32, metadata={"help": "Dialogues a step; three times as many in the first steps."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak; linear warm-up, then cosine to zero."})
+    warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's, on matrices alone."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    hidden_size: int = field(default=128, metadata={"help": "Width."})
+    intermediate_size: int = field(default=256, metadata={"help": "Width of the MLP."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Depth."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads."})
+    initializer_range: float = field(
+        default=0.08, metadata={"help": "Standard deviation of initial weights; with 0.02 look-up is learned much later."}
+    )
+    eval_steps: int = field(default=200, metadata={"help": "A row of metrics.jsonl every so many steps."})
+    save_steps: int = field(default=1000, metadata={"help": "A resumable checkpoint every so many steps."})
+    num_threads: int = field(default=1, metadata={"help": "Of torch; results are bit-equal only for equal numbers."})
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which each word of the world, with its leading space, is one token.
+
+    Any text can be encoded and decoded unchanged, since all 256 bytes are in the alphabet. No BOS is added.
+    """
+    words = world.words()
+    # Facts are joined by newlines, so the first word of a fact also occurs without a space.
+    opening = sorted({fact.split()[0] for slot in world.SLOTS for fact in slot.facts})
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    specials = [PAD, *(f"<|{role}|>" for role in ROLES), END]
+    bpe.train_from_iterator(
+        [*(f" {word}" for word in words), *opening],
+        trainers.BpeTrainer(
+            vocab_size=8192,  # more than the words need: merging ends when each word is one token
+            min_frequency=1,
+            show_progress=False,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=specials[1:-1],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama with tied embeddings and fresh weights, its vocabulary padded to a multiple of 64."""
+    torch.manual_seed(config.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64 * math.ceil(len(tokenizer) / 64),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            initializer_range=config.initializer_range,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=32
+    )
+    return model
+
+
+def encode(rows: list[world.Row], tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of dialogues, and which of them the loss is taken on: those of trained turns with their `<|end|>`."""
+    messages = [[{"role": "system", "content": "\n".join(row["persona"])}, *row["messages"]] for row in rows]
+    texts = tokenizer.apply_chat_template(messages, tokenize=False)
+    openings = set(tokenizer.convert_tokens_to_ids([f"<|{role}|>" for role in ROLES]))
+    encoded = []
+    for turns, ids in zip(messages, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+        trained = iter([turn.get("train", turn["role"] == "assistant") for turn in turns])
+        mask: list[bool] = []
+        for token in ids:
+            if token in openings:
+                current = next(trained)
+            mask.append(current and token not in openings)
+        encoded.append((ids, mask))
+    return encoded
+
+
+def collate(encoded: list[tuple[list[int], list[bool]]], pad: int) -> tuple[Tensor, Tensor]:
+    """Right-padded ids [batch, length] and loss mask [batch, length]; causal attention never looks at the padding."""
+    length = max(len(ids) for ids, _ in encoded)
+    ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in encoded])
+    mask = torch.tensor([mask + [False] * (length - len(mask)) for _, mask in encoded])
+    return ids, mask
+
+
+def batches(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of the steps from ``start`` on. Each depends on its step alone, so that a resume goes on exactly."""
+    pad = tokenizer.convert_tokens_to_ids(PAD)
+    order: list[list[tuple[list[int], list[bool]]]] = []
+    for step in range(start, config.num_steps):
+        pool = step // POOL
+        if not order or step % POOL == 0:
+            short = pool * POOL < config.short_steps
+            size = config.batch_size * (3 if short else 1)
+            # Dialogue numbers are never used twice: pools are spaced by the larger size.
+            first = pool * POOL * config.batch_size * 3
+            rows = [world.base_dialogue(config.seed, first + i, 1 if short else 8) for i in range(POOL * size)]
+            encoded = sorted(encode(rows, tokenizer), key=lambda item: len(item[0]))
+            order = [encoded[i * size : (i + 1) * size] for i in range(POOL)]
+            random.Random(f"{config.seed}/{pool}").shuffle(order)
+        yield collate(order[step % POOL], pad)
+
+
+def loss_of(model: LlamaForCausalLM, ids: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy over the masked tokens; logits are made for these alone."""
+    hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
+    chosen = mask[:, 1:]
+    return cross_entropy(model.lm_head(hidden[chosen]), ids[:, 1:][chosen])
+
+
+@torch.no_grad()
+def evaluate(model: LlamaForCausalLM, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Mean loss over batches."""
+    losses = [loss_of(model, ids, mask).item() for ids, mask in batches]
+    return sum(losses) / len(losses)
+
+
+def learning_rate_factor(step: int, config: PretrainConfig) -> float:
+    """Share of the peak learning rate: linear warm-up, then cosine to zero."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / (config.num_steps - config.warmup_steps)))
+
+
+def heldout_batches(tokenizer: PreTrainedTokenizerFast) -> list[tuple[Tensor, Tensor]]:
+    """Clean dialogues of held-out characters, for the evaluation loss."""
+    encoded = encode(list(world.dialogues(256, seed=0, held_out=True, flawed=False)), tokenizer)
+    encoded.sort(key=lambda item: len(item[0]))
+    pad = tokenizer.convert_tokens_to_ids(PAD)
+    return [collate(encoded[i : i + 64], pad) for i in range(0, len(encoded), 64)]
+
+
+def train(config: PretrainConfig) -> None:
+    """Trains and saves model and tokenizer in ``output_dir``, and metrics.jsonl (step, loss, eval_loss, seconds).
+
+    A checkpoint in ``output_dir`` is continued as if there had been no break; it is removed at the end.
+    """
+    torch.set_num_threads(config.num_threads)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint.pt"
+    metrics = folder / "metrics.jsonl"
+
+    tokenizer = build_tokenizer()
+    model = build_model(config, tokenizer)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(0.9, 0.98),
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
+    first, seconds, rows = 0, 0.0, []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        first, seconds, rows = state["step"], state["seconds"], state["metrics"]
+        logger.info("continuing from step %d", first)
+
+    heldout = heldout_batches(tokenizer)
+    began = time.perf_counter() - seconds
+    total, count = 0.0, 0
+    for step, (ids, mask) in enumerate(batches(config, tokenizer, first), start=first + 1):
+        loss = loss_of(model, ids, mask)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm, error_if_nonfinite=True)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        total, count = total + loss.item(), count + 1
+        if step % config.eval_steps == 0 or step == config.num_steps:
+            row = {
+                "step": step,
+                "loss": total / count,
+                "eval_loss": evaluate(model, heldout),
+                "seconds": round(time.perf_counter() - began, 1),
+            }
+            rows.append(row)
+            total, count = 0.0, 0
+            logger.info("%s", row)
+            _replace(metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        if step % config.save_steps == 0 and step < config.num_steps:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "step": step,
+                "seconds": time.perf_counter() - began,
+                "metrics": rows,
+            }
+            temporary = checkpoint.with_suffix(".tmp")
+            torch.save(state, temporary)
+            os.replace(temporary, checkpoint)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    checkpoint.unlink(missing_ok=True)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,142 @@
+"""Rewards for PPO: callables `(prompts, completions, **columns) -> list[float]`.
+
+`prompts` are messages with the persona as system message, from the same parse that the policy was prompted with;
+`completions` are the replies as text; each column of the data arrives as a list under its name.
+"""
+
+import json
+import re
+import types
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from rlhf.chat import Message
+
+RewardFunction = Callable[..., list[float]]
+
+_YES = re.compile(r"^(yes|yeah|yep|right|sure|correct|exactly|that s right|that is right|of course|indeed)\b")
+_NO = re.compile(r"^(no|nope|not really|not at all|actually)\b")
+
+
+def reward_scores(base: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    """Scores `(batch,)` of the `score` head at the last token that the attention mask keeps, in float32.
+
+    By the mask, not by pad ids: where the pad token is also the stop token, the stop token itself is scored.
+    """
+    states = base.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (positions * attention_mask).argmax(dim=1)
+    chosen = states[torch.arange(len(last), device=last.device), last].float()
+    with torch.autocast(chosen.device.type, enabled=False):
+        return base.score(chosen).squeeze(-1).float()
+
+
+def pool_by_mask(model: PreTrainedModel) -> None:
+    """Make a sequence classification model score with [`reward_scores`], so that training and PPO pool alike.
+
+    Its own forward looks for the last token that is not the pad token, and so skips a stop token that is also that.
+    """
+
+    def forward(
+        self: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any
+    ) -> SequenceClassifierOutput:
+        position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        scores = reward_scores(self, input_ids, attention_mask, position_ids)
+        return SequenceClassifierOutput(logits=scores.unsqueeze(-1))
+
+    model.forward = types.MethodType(forward, model)
+
+
+@torch.no_grad()
+def score_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[float]:
+    """Score of each row of token ids, one at a time and so without padding."""
+    scores = []
+    for row in rows:
+        ids = torch.tensor([row], device=model.device)
+        positions = torch.arange(len(row), device=model.device).unsqueeze(0)
+        scores.append(reward_scores(model, ids, torch.ones_like(ids), positions).item())
+    return scores
+
+
+def check_reward_card(model: PreTrainedModel, folder: str | Path) -> float:
+    """Score the rows of `reward_card.json` again and compare: a head that was lost or re-made scores otherwise.
+
+    Args:
+        model: The base with the reward adapter active.
+        folder: Of the reward adapter.
+
+    Returns:
+        The largest difference.
+
+    Raises:
+        ValueError: if a score differs by more than 1e-3 (in half precision 0.05) from the stored one.
+    """
+    rows = json.loads((Path(folder) / "reward_card.json").read_text())["rows"]
+    scores = score_ids(model, [row["ids"] for row in rows])
+    furthest = max(abs(score - row["reward"]) for score, row in zip(scores, rows, strict=True))
+    limit = 1e-3 if model.dtype is torch.float32 else 0.05
+    if not furthest <= limit:
+        raise ValueError(
+            f"The reward model in {folder} gives other scores than when it was trained (off by {furthest:.3g}, limit "
+            f"{limit:g}). Its score head was lost, or it was loaded on another base. Train it again."
+        )
+    return furthest
+
+
+def load_reward_function(name: str) -> RewardFunction:
+    """The callable named `module:function`, for example `rlhf.rewards:persona_rule`.
+
+    Raises:
+        ValueError: if the name has another form, or there is no such function.
+    """
+    module_name, _, function_name = name.partition(":")
+    try:
+        return getattr(import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`reward_function` is {name!r}; write it as `module:function`, for example "
+            f"`rlhf.rewards:persona_rule` ({error})."
+        ) from error
+
+
+def persona_rule(
+    prompts: Sequence[Sequence[Message]],
+    completions: Sequence[str],
+    kind: Sequence[str],
+    value: Sequence[str],
+    foil: Sequence[str | None],
+    slot_values: Sequence[Sequence[str]],
+    **columns: Any,
+) -> list[float]:
+    """1 for a reply that keeps to the persona, 0 for one that does not, by a rule that knows the asked fact.
+
+    A reply must name the persona's `value` of the slot and no other of `slot_values` (behind a rejection the
+    suggested `foil` may be repeated), open with a rejection where the suggestion is false, not open with one where it
+    is true, and have at most 12 words. Of use where the facts are known, as in the embedded world.
+    """
+    return [
+        float(_keeps(reply, *fact))
+        for reply, *fact in zip(completions, kind, value, foil, slot_values, strict=True)
+    ]
+
+
+def _keeps(reply: str, kind: str, value: str, foil: str | None, slot_values: Sequence[str]) -> bool:
+    words = re.findall(r"[a-z0-9]+", reply.lower())
+    text = " ".join(words)
+    others = set(words) & set(slot_values) - {value}
+    if value not in words or len(words) > 12:
+        return False
+    if kind == "false_suggestion":
+        return bool(_NO.match(text)) and not others - ({foil} if f"not a {foil}" in text or f"not {foil}" in text else set())
+    if kind == "true_suggestion":
+        return not _NO.match(text) and not others
+    return not _YES.match(text) and not _NO.match(text) and not others

@@ -1,0 +1,488 @@
+"""The strict parser: what it takes, from where, and how it says no."""
+
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal, get_type_hints
+
+import pytest
+import yaml
+from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
+
+from rlhf import config
+from rlhf.config import ConfigError, DataConfig, defaults, load_recipe, load_yaml, merge, parse, parse_or_exit, save
+from rlhf.model import machine_defaults
+from rlhf.ppo_trainer import PPOConfig
+
+CPU = {"use_cpu": True, "bf16": False, "fp16": False}
+T4 = {"use_cpu": False, "bf16": False, "fp16": True}
+A100 = {"use_cpu": False, "bf16": True, "fp16": False}
+
+
+@dataclasses.dataclass
+class Loop:
+    """A stand-in for a stage's own arguments: cheap, and without TRL's `__post_init__`."""
+
+    steps: int = dataclasses.field(default=10, metadata={"range": "[1, inf)"})
+    learning_rate: float = 0.5
+    decoding: Literal["greedy", "sampled"] = "greedy"
+    name: str | None = None
+    verbose: bool = False
+    layers: list[str] | None = None
+    sizes: tuple[int, ...] = (1, 2)
+    options: dict | str | None = None
+    card: str | None = dataclasses.field(default=None, metadata={"path": True})
+    output_dir: str = "runs/loop"
+    seed: int = 1
+
+
+@pytest.fixture(autouse=True)
+def cpu_machine(monkeypatch):
+    monkeypatch.setattr(config, "_machine_defaults", lambda: dict(CPU))
+    monkeypatch.setattr(config, "_has_accelerator", lambda: False)
+
+
+def write(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def problems(*args, **kwargs) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(*args, **kwargs)
+    for problem in caught.value.problems:
+        assert problem in str(caught.value)
+    return caught.value.problems
+
+
+# --- what it takes ---------------------------------------------------------------------------------------------------
+
+
+def test_file_then_command_line_and_both_spellings(tmp_path):
+    file = write(tmp_path / "a.yaml", "lora_r: 16\nlora_alpha: 64\nlora_dropout: 0.1\n")
+    for argv in (
+        ["--config", file, "--lora_r", "32"],
+        [f"--config={file}", "--lora_r=32"],
+        ["--lora_r=32", f"--config={file}"],
+    ):
+        (model,) = parse((ModelConfig,), argv)
+        assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (32, 64, 0.1)
+
+
+def test_defaults_are_the_classes_own():
+    (model,) = parse((ModelConfig,), [])
+    assert model == ModelConfig()
+
+
+def test_argv_none_reads_the_program_s_own(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["loop.py", "--steps", "3"])
+    assert parse((Loop,))[0].steps == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "expected"),
+    [
+        ("learning_rate: 1e-4", "learning_rate", 0.0001),  # YAML 1.1 reads a string here
+        ("learning_rate: 2E+3", "learning_rate", 2000.0),
+        ("learning_rate: 1", "learning_rate", 1.0),
+        ("layers: all-linear", "layers", ["all-linear"]),
+        ("layers: [a, b]", "layers", ["a", "b"]),
+        ("sizes: [3, 4]", "sizes", (3, 4)),
+        ("name: null", "name", None),
+        ("name: '1e-4'", "name", "1e-4"),
+        ("decoding: sampled", "decoding", "sampled"),
+        ("options: {min_lr: 1e-6}", "options", {"min_lr": 0.000001}),
+    ],
+)
+def test_lenient_where_it_says_so(tmp_path, text, field, expected):
+    value = getattr(parse((Loop,), ["--config", write(tmp_path / "a.yaml", text)])[0], field)
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("argument", "field", "expected"),
+    [
+        ("--learning_rate=1e-4", "learning_rate", 0.0001),
+        ("--verbose=true", "verbose", True),
+        ("--layers=[a, b]", "layers", ["a", "b"]),
+        ("--layers=q_proj", "layers", ["q_proj"]),
+        ("--name=123", "name", "123"),
+        ("--name=no", "name", "no"),
+        ("--name=null", "name", None),
+        ("--name=[a", "name", "[a"),  # no YAML, yet a fine string
+        ("--options={a: 1}", "options", {"a": 1}),
+        ("--name=a=b", "name", "a=b"),
+    ],
+)
+def test_command_line_values_take_the_type_of_the_field(argument, field, expected):
+    value = getattr(parse((Loop,), [argument])[0], field)
+    assert value == expected and type(value) is type(expected)
+
+
+def test_a_negative_number_is_a_value_and_the_last_of_two_wins():
+    (training,) = parse((SFTConfig,), ["--max_steps", "5", "--max_steps", "-1"])
+    assert training.max_steps == -1
+
+
+def test_a_key_goes_to_every_class_that_has_it():
+    training, loop = parse((SFTConfig, Loop), ["--seed", "11", "--output_dir", "runs/x"])
+    assert (training.seed, loop.seed) == (11, 11)
+
+
+def test_extends_is_recursive_relative_to_the_file_and_deep(tmp_path):
+    write(tmp_path / "base" / "recipe.yaml", "seed: 3\nsteps: 1\noptions: {a: 1, b: {c: 2, d: 3}}\n")
+    write(tmp_path / "mid.yaml", "extends: base/recipe.yaml\nsteps: 2\noptions: {b: {c: 9}}\n")
+    file = write(tmp_path / "top.yaml", "extends: mid.yaml\nname: top\n")
+    (loop,) = parse((Loop,), ["--config", file])
+    assert (loop.seed, loop.steps, loop.name) == (3, 2, "top")
+    assert loop.options == {"a": 1, "b": {"c": 9, "d": 3}}
+    assert load_recipe(file) == {"seed": 3, "steps": 2, "name": "top", "options": {"a": 1, "b": {"c": 9, "d": 3}}}
+
+
+def test_a_stage_section_is_read_by_its_stage_alone(tmp_path):
+    stage_file = write(tmp_path / "sft.yaml", "steps: 100\n")
+    overlay = write(tmp_path / "tiny.yaml", "seed: 5\nsft: {steps: 2}\nppo: {kl_coef: 0.1}\n")
+    (loop,) = parse((Loop,), ["--config", stage_file, "--config", overlay], stage="sft")
+    assert (loop.steps, loop.seed) == (2, 5)
+    assert parse((Loop,), ["--config", overlay], stage="dpo")[0].steps == 10
+    assert load_recipe(overlay, "ppo") == {"seed": 5, "kl_coef": 0.1}
+    # a stage that does not ask for sections is not given any
+    assert [p.split(":")[0] for p in problems((Loop,), ["--config", overlay])] == ["`sft`", "`ppo`"]
+    (problem,) = problems((Loop,), ["--config", overlay], stage="ppo")
+    assert problem.startswith(f"`kl_coef`: 0.1 ({overlay}:3): no such key")
+
+
+def test_paths_of_a_file_are_relative_to_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "dataset: data\nmodel_name_or_path: ./base\n"
+    file = write(tmp_path / "recipes" / "demo" / "sft.yaml", text)
+    model, data = parse((ModelConfig, DataConfig), ["--config", os.path.relpath(file)])
+    assert data.dataset == str(tmp_path / "recipes" / "demo" / "data")
+    assert model.model_name_or_path == str(tmp_path / "recipes" / "demo" / "base")
+
+    file = write(
+        tmp_path / "recipes" / "b.yaml", "dataset: runs/demo/prepare\nmodel_name_or_path: Qwen/Qwen2.5-0.5B\n"
+    )
+    model, data = parse((ModelConfig, DataConfig), ["--config", file])
+    assert (data.dataset, model.model_name_or_path) == ("runs/demo/prepare", "Qwen/Qwen2.5-0.5B")
+
+    file = write(tmp_path / "recipes" / "c.yaml", "output_dir: ./out\ncard: ../me.yaml\nname: plain\n")
+    (loop,) = parse((Loop,), ["--config", file])
+    assert (loop.output_dir, loop.card, loop.name) == ("./out", str(tmp_path / "me.yaml"), "plain")
+    assert parse((Loop,), ["--config", file, "--card", "me.yaml"])[0].card == "me.yaml"
+
+
+def test_an_extended_file_s_path_is_relative_to_that_file(tmp_path):
+    write(tmp_path / "shared" / "recipe.yaml", "dataset: data\n")
+    file = write(tmp_path / "demo" / "sft.yaml", "extends: ../shared/recipe.yaml\n")
+    assert parse((DataConfig,), ["--config", file])[0].dataset == str(tmp_path / "shared" / "data")
+
+
+# --- how it says no --------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "half a rank": ("lora_r: 16.5", "`lora_r`: 16.5", "must be int"),
+    "a list for a rank": ("lora_r: [16]", "`lora_r`: [16]", "must be int"),
+    "a quoted number": ("lora_r: '16'", "`lora_r`: '16'", "must be int"),
+    "rank zero": ("lora_r: 0", "`lora_r`: 0", "[1, inf)"),
+    "an empty value": ("lora_r:", "`lora_r`: None", "must be int"),
+    "dropout of one": ("lora_dropout: 1.0", "`lora_dropout`: 1.0", "[0, 1)"),
+    "a floaty dtype": ("dtype: floaty", "`dtype`: 'floaty'", "auto, bfloat16, float16, float32"),
+    "a boolean seed": ("seed: true", "`seed`: True", "must be int"),
+    "a quoted no": ("gradient_checkpointing: 'no'", "`gradient_checkpointing`: 'no'", "must be bool"),
+    "an unquoted no": ("eval_strategy: no", "`eval_strategy`: False", "quote it"),
+    "a strategy nobody has": ("eval_strategy: step", "`eval_strategy`: 'step'", "did you mean `steps`"),
+    "a misspelt schedule": ("lr_scheduler_type: cosin", "`lr_scheduler_type`: 'cosin'", "did you mean `cosine`"),
+    "a misspelt optimiser": ("optim: adamw_torc", "`optim`: 'adamw_torc'", "did you mean `adamw_torch`"),
+    "a loss nobody has": ("loss_type: dpoo", "`loss_type`: 'dpoo'", "must be one of nll"),
+    "a learning rate of zero": ("learning_rate: 0", "`learning_rate`: 0", "(0, inf)"),
+    "a negative learning rate": ("learning_rate: -1e-4", "`learning_rate`: -0.0001", "(0, inf)"),
+    "an infinite learning rate": ("learning_rate: .inf", "`learning_rate`: inf", "finite"),
+    "a NaN": ("weight_decay: .nan", "`weight_decay`: nan", "finite"),
+    "a learning rate in words": ("learning_rate: small", "`learning_rate`: 'small'", "must be float"),
+    "an empty batch": ("per_device_train_batch_size: 0", "`per_device_train_batch_size`: 0", "[1, inf)"),
+    "no accumulation": ("gradient_accumulation_steps: 0", "`gradient_accumulation_steps`: 0", "[1, inf)"),
+    "a momentum of one": ("adam_beta2: 1.0", "`adam_beta2`: 1.0", "[0, 1)"),
+    "a misspelt key": ("lora_alfa: 16", "`lora_alfa`: 16", "did you mean `lora_alpha`"),
+    "another tool's key": ("max_seq_length: 512", "`max_seq_length`: 512", "`max_length` here"),
+    "a key that nothing resembles": ("zzz: 1", "`zzz`: 1", "no such key"),
+    "environment variables": ("env: {HF_TOKEN: a}", "`env`: {'HF_TOKEN': 'a'}", "no such key"),
+    "foreign code": ("trust_remote_code: true", "`trust_remote_code`: True", "must be false"),
+    "fp16 without a GPU": ("fp16: true", "`fp16`: true", "needs a GPU"),
+    "a GPU that is not there": ("use_cpu: false", "`use_cpu`: false", "no GPU"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name_place_and_remedy(tmp_path, name):
+    text, start, reason = REFUSED[name]
+    file = write(tmp_path / "bad.yaml", f"# first line\n{text}\n")
+    (problem,) = problems((SFTConfig, ModelConfig), ["--config", file])
+    assert problem.startswith(start) and f"({file}:2)" in problem and reason in problem.split("): ", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("seed: 1\nsteps: 1\nseed: 2\n", "`seed` (FILE:3): given twice, first in line 1"),
+        ("options:\n  a: 1\n  a: 2\n", "`options.a` (FILE:3): given twice"),
+        ("name: !!python/object/apply:os.getcwd []\n", "`FILE:1`: not safe YAML"),
+        ("name: [a\n", "`FILE:2`: not safe YAML"),
+        ("- steps\n", "must be a mapping"),
+        ("1: steps\n", "`1` (FILE:1): a key must be a string"),
+        ("extends: 3\n", "`extends`: 3 (FILE:1): must be one file name"),
+        ("extends: recipe.yml\n", "`extends`: 'recipe.yml' (FILE:1)"),
+        ("extends: bad.yaml\n", "extend each other in a circle: bad.yaml -> bad.yaml"),
+        ("sft: 3\n", "`sft`: 3 (FILE:1): must be a mapping"),
+        ("a: &a [*a]\nname: x\n", "FILE"),
+        ("name: \x00\n", "not safe YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_with_its_place(tmp_path, text, reason):
+    file = write(tmp_path / "bad.yaml", text)
+    assert reason.replace("FILE", file) in problems((Loop,), ["--config", file], stage="sft")[0]
+
+
+def test_a_circle_of_two_files(tmp_path):
+    file = write(tmp_path / "a.yaml", "extends: b.yaml\n")
+    write(tmp_path / "b.yaml", "extends: a.yaml\n")
+    assert "a.yaml -> b.yaml -> a.yaml" in problems((Loop,), ["--config", file])[0]
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path):
+    write(tmp_path / "sft.yaml", "")
+    assert "no such file; did you mean `sft.yaml`?" in problems((Loop,), ["--config", str(tmp_path / "sftt.yaml")])[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["--steps", "1.5"], "`steps`: '1.5' (command line): must be int"),
+        (["--steps", "0"], "`steps`: '0' (command line): must lie in [1, inf)"),
+        (["--learning-rate", "1"], "`learning-rate`: '1' (command line): no such key; did you mean `learning_rate`?"),
+        (["--verbose"], "`verbose` (command line): has no value"),
+        (["--layers", "a", "b"], "`b` (command line): belongs to no key"),
+        (["--config"], "`config` (command line): has no value"),
+        (["--decoding", "beam"], "`decoding`: 'beam' (command line): must be"),
+    ],
+)
+def test_command_line_refused(argv, reason):
+    (problem,) = problems((Loop,), argv)
+    assert problem.startswith(reason)
+
+
+def test_all_problems_at_once_with_the_known_names(tmp_path):
+    file = write(tmp_path / "a.yaml", "lora_r: 16.5\nstepz: 1\nverbose: 'no'\n")
+    with pytest.raises(ConfigError) as caught:
+        parse((Loop, ModelConfig, DataConfig), ["--config", file, "--seed=true", "stray"])
+    text = str(caught.value)
+    assert text.startswith("the configuration has 6 problems:")
+    assert [p.split("`")[1] for p in caught.value.problems] == [
+        "stray",
+        "stepz",
+        "lora_r",
+        "verbose",
+        "seed",
+        "dataset",
+    ]
+    assert "known names: " in text and "max_train_rows" in text.split("known names: ")[1]
+
+
+def test_a_combination_that_the_class_itself_refuses():
+    (problem,) = problems((ModelConfig,), ["--load_in_4bit=true", "--load_in_8bit=true"])
+    assert problem.startswith("ModelConfig: You can't use 8 bit and 4 bit")
+
+
+def test_an_unusual_rank_warns(caplog):
+    with caplog.at_level(logging.WARNING):
+        parse((ModelConfig,), ["--lora_r", "16"])
+        assert not caplog.records
+        parse((ModelConfig,), ["--lora_r", "12"])
+    assert "`lora_r`: 12 (command line) is outside the usual ranks 4, 6, 8, 16, 32, 64" in caplog.text
+
+
+def test_no_traceback_on_the_command_line():
+    code = "from rlhf.config import DataConfig, parse_or_exit; parse_or_exit((DataConfig,))"
+    root = Path(config.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--max_train_rows", "many"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: the configuration has 2 problems:") and "Traceback" not in done.stderr
+
+
+def test_parse_or_exit_returns_what_parse_returns(capsys):
+    assert parse_or_exit((Loop,), ["--steps=4"]) == parse((Loop,), ["--steps=4"])
+    with pytest.raises(SystemExit) as caught:
+        parse_or_exit((Loop,), ["--steps=four"])
+    assert caught.value.code == 2 and "`steps`: 'four'" in capsys.readouterr().err
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Device:
+    """The three fields of TrainingArguments that the machine decides, with TRL's defaults."""
+
+    use_cpu: bool = False
+    bf16: bool | None = None
+    fp16: bool = False
+
+
+@pytest.mark.parametrize(
+    ("machine", "argv", "expected"),  # expected: use_cpu, bf16, fp16
+    [
+        (CPU, [], (True, False, False)),
+        (CPU, ["--bf16=true"], (True, True, False)),  # a CPU can, slowly
+        (T4, [], (False, False, True)),
+        (T4, ["--fp16=false"], (False, False, False)),
+        (T4, ["--use_cpu=true"], (True, False, False)),
+        (A100, [], (False, True, False)),
+        (A100, ["--fp16=true"], (False, False, True)),
+        (A100, ["--bf16=false"], (False, False, False)),
+    ],
+)
+def test_the_machine_fills_what_nobody_names(monkeypatch, machine, argv, expected):
+    monkeypatch.setattr(config, "_machine_defaults", lambda: machine)
+    (device,) = parse((Device,), argv)
+    assert (device.use_cpu, device.bf16, device.fp16) == expected
+
+
+@pytest.mark.parametrize(
+    ("machine", "argv", "start"),
+    [
+        (T4, ["--bf16=true"], "`bf16`: true (command line): needs a GPU of compute capability 8.0"),
+        (CPU, ["--use_cpu=false"], "`use_cpu`: false (command line): this machine has no GPU"),
+        (CPU, ["--fp16=true"], "`fp16`: true (command line): needs a GPU"),
+        (A100, ["--fp16=true", "--bf16=true"], "`fp16`: true (command line): excludes bf16"),
+        (T4, ["--fp16=true", "--use_cpu=true"], "`fp16`: true (command line): needs a GPU"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_refused_by_name(monkeypatch, machine, argv, start):
+    monkeypatch.setattr(config, "_machine_defaults", lambda: machine)
+    assert problems((Device,), argv)[0].startswith(start)
+
+
+def test_this_machine_answers_what_the_parser_asks():
+    assert set(machine_defaults()) == {"use_cpu", "bf16", "fp16"}
+
+
+def test_trl_s_config_is_built_on_a_cpu_without_being_told():
+    # SFTConfig() itself turns bf16 on
+    (training,) = parse((SFTConfig,), ["--output_dir", "runs/x"])
+    assert (training.use_cpu, training.bf16, training.fp16) == (True, False, False)
+
+
+# --- merge, save, defaults -------------------------------------------------------------------------------------------
+
+
+def test_merge_is_deep_and_leaves_its_inputs_alone():
+    base = {"a": 1, "b": {"c": [1], "d": 2}, "e": {"f": 1}}
+    override = {"b": {"c": [2, 3]}, "e": 5, "g": {"h": 1}}
+    merged = merge(base, override)
+    assert merged == {"a": 1, "b": {"c": [2, 3], "d": 2}, "e": 5, "g": {"h": 1}}
+    merged["b"]["c"].append(4)
+    merged["b"]["d"] = 0
+    merged["g"]["h"] = 0
+    assert base == {"a": 1, "b": {"c": [1], "d": 2}, "e": {"f": 1}}
+    assert override == {"b": {"c": [2, 3]}, "e": 5, "g": {"h": 1}}
+
+
+@pytest.mark.parametrize(
+    "classes", [(SFTConfig, ModelConfig, DataConfig), (RewardConfig,), (DPOConfig,), (PPOConfig,), (Loop,)]
+)
+def test_saved_file_is_read_back_equal(tmp_path, classes):
+    recipe = "output_dir: runs/x\nlearning_rate: 1e-5\n"
+    if ModelConfig in classes:
+        recipe += "dataset: data\nlora_target_modules: all-linear\nlr_scheduler_kwargs: {min_lr: 1e-6}\n"
+    configs = parse(classes, ["--config", write(tmp_path / "a.yaml", recipe), "--seed", "3"])
+    saved = tmp_path / "runs" / "config.yaml"
+    save(configs, saved)
+    assert parse(classes, ["--config", str(saved)]) == configs
+    assert yaml.safe_load(saved.read_text())["seed"] == 3
+    assert os.listdir(saved.parent) == ["config.yaml"]  # no temporary file is left
+
+
+def test_save_quotes_what_looks_like_a_number(tmp_path):
+    loop = Loop(name="1e-4", decoding="sampled", sizes=(5,))
+    save([loop], tmp_path / "c.yaml")
+    assert parse((Loop,), ["--config", str(tmp_path / "c.yaml")]) == (loop,)
+
+
+def test_save_never_writes_a_token_and_refuses_a_contradiction(tmp_path):
+    (training,) = parse((SFTConfig,), ["--hub_token", "hf_secret", "--output_dir", "runs/x"])
+    save([training], tmp_path / "c.yaml")
+    assert "hf_secret" not in (tmp_path / "c.yaml").read_text()
+    with pytest.raises(ValueError, match="`seed` is 42 in one config and 1 in another"):
+        save([training, Loop(output_dir="runs/x", learning_rate=training.learning_rate)], tmp_path / "d.yaml")
+    assert not (tmp_path / "d.yaml").exists()
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "c.yaml"
+    save([Loop(steps=1)], path)
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save([Loop(steps=2)], path)
+    assert load_yaml(path)[0]["steps"] == 1 and os.listdir(tmp_path) == ["c.yaml"]
+
+
+def test_a_token_is_not_shown_in_an_error():
+    (problem,) = problems((Loop,), ["--hub_token", "hf_secret"])
+    assert "hf_secret" not in problem
+
+
+def test_defaults_are_fresh_and_leave_out_required_fields():
+    assert defaults(Loop)["sizes"] == (1, 2) and "dataset" not in defaults(DataConfig)
+    assert defaults(ModelConfig)["lora_r"] == 16
+    defaults(SFTConfig)["include_for_metrics"].append("loss")
+    assert defaults(SFTConfig)["include_for_metrics"] == []
+
+
+def test_load_yaml_gives_the_line_of_each_key(tmp_path):
+    file = write(tmp_path / "a.yaml", "# a comment\nseed: 1\n\nppo:\n  # why\n  kl_coef: 0.1\nrate: 3e-4\n")
+    values, lines = load_yaml(file)
+    assert values == {"seed": 1, "ppo": {"kl_coef": 0.1}, "rate": 0.0003}
+    assert lines == {"seed": 2, "ppo": 4, "ppo.kl_coef": 6, "rate": 7}
+    assert load_yaml(write(tmp_path / "empty.yaml", "")) == ({}, {})
+
+
+# --- the tables ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [SFTConfig, RewardConfig, DPOConfig, PPOConfig, ModelConfig])
+def test_every_default_of_trl_passes_the_check(cls):
+    hints, values = get_type_hints(cls), defaults(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name, value in values.items():
+        if name != "output_dir":  # None is what its hint forbids; TRL replaces it
+            config._check(fields[name], hints[name], value)
+    assert len(values) > 15
+
+
+def test_every_name_in_the_tables_is_somebody_s_field():
+    names = {f.name for cls in (SFTConfig, RewardConfig, DPOConfig, ModelConfig, DataConfig, PPOConfig)
+             for f in dataclasses.fields(cls)}  # fmt: skip
+    for table in (config.RANGES, config.CHOICES, config.PATHS, config.SECRETS, config.RENAMED.values()):
+        assert set(table) <= names
+
+
+def test_importing_the_parser_is_cheap():
+    code = (
+        "import rlhf.config, sys; assert not {'torch', 'trl', 'transformers'} & set(sys.modules), sorted(sys.modules)"
+    )
+    root = Path(config.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

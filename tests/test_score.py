@@ -1,0 +1,253 @@
+"""`score_rows` and `python -m evaluation score`: values by hand, bad rows, files written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sacrebleu
+
+from evaluation import METRICS
+from evaluation.__main__ import main, read_rows, score_rows
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_row(**changes):
+    return {
+        "persona": ["i have two dogs .", "i work as a teacher ."],
+        "history": [{"role": "user", "content": "hi , what do you do ?"}],
+        "response": "i work as a teacher . and you ?",
+        "reference": "i am a teacher .",
+        "dialogue_id": "d1",
+        **changes,
+    }
+
+
+def make_rows():
+    return [
+        make_row(),
+        make_row(
+            history=[
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "i like to walk my dogs"},
+                {"role": "user", "content": "do you like to walk my cats ?"},
+            ],
+            response="yes i like to walk",
+            reference="yes i like to walk",
+            dialogue_id="d2",
+        ),
+        make_row(response="", reference=None, dialogue_id="d2"),
+        make_row(response="no", reference="hello there", dialogue_id="d3"),
+    ]
+
+
+def write(path, rows):
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+def test_values_by_hand():
+    result = score_rows(make_rows(), seed=0)
+    value = {name: row["value"] for name, row in result["metrics"].items()}
+    count = {name: row["n"] for name, row in result["metrics"].items()}
+    assert value["keyword_score"] == (1 / 2 + 0 + 0 + 0) / 4  # "teacher" and "work" of one sentence of two
+    assert value["fact_density"] == (1 / 2 + 0 + 0 + 0) / 4
+    assert value["copy_rate"] == 1 / 4  # 5 of 7 words
+    assert value["question_rate"] == 1 / 4
+    assert value["length_words"] == (7 + 5 + 0 + 1) / 4
+    assert count["length_words"] == 4  # the empty reply is one of them
+    # f1: {i work as teacher and you} with {i am teacher}: 2 of 6 and 2 of 3; then 1 and 0
+    assert value["f1"] == pytest.approx(100 * (2 * (1 / 3) * (2 / 3) / (1 / 3 + 2 / 3) + 1 + 0) / 3)
+    # ROUGE keeps articles: 3 of 7 and 3 of 4 words
+    assert value["rouge1"] == pytest.approx((2 * (3 / 7) * (3 / 4) / (3 / 7 + 3 / 4) + 1 + 0) / 3)
+    assert value["rouge2"] == pytest.approx((2 * (1 / 6) * (1 / 3) / (1 / 6 + 1 / 3) + 1 + 0) / 3)
+    assert count["f1"] == count["bleu"] == count["rougeL"] == 3
+    replies, references = [r["response"] for r in make_rows()], [r["reference"] for r in make_rows()]
+    upstream = sacrebleu.corpus_bleu(
+        [replies[i] for i in (0, 1, 3)], [[references[i] for i in (0, 1, 3)]], lowercase=True, force=True
+    )
+    assert value["bleu"] == pytest.approx(upstream.score)
+    # tokens: i work as teacher and you / yes i like to walk / no: 12, of which "i" is twice
+    assert (value["distinct_1"], count["distinct_1"]) == (11 / 12, 12)
+    assert value["distinct_2"] == 1
+    # "i like to walk" was an own turn; "do you like to walk my cats" was the user's. 3 + 2 4-grams
+    assert (value["repetition"], count["repetition"]) == (1 / 5, 5)
+
+
+def test_run_says_what_was_scored():
+    run = score_rows(make_rows(), seed=3)["run"]
+    assert (run["rows"], run["rows_without_reference"], run["empty_responses"], run["seed"]) == (4, 1, 1, 3)
+    assert run["clusters"] == {"unit": "dialogue", "n": 3}
+    assert run["distinct_tokens"] == 12
+    assert run["not_scored"] == {}
+    assert "case:lc" in run["signatures"]["bleu"] and "stemmer:no" in run["signatures"]["rouge"]
+
+
+def test_rows_of_the_table_are_true_to_the_metrics():
+    result = score_rows(make_rows())
+    with_model = {"perplexity_token", "perplexity_word", "bits_per_byte"}
+    with_probes = {"persona_consistency", "persona_consistency_sampled"}
+    assert set(result["metrics"]) == set(METRICS) - with_model - with_probes
+    for name, row in result["metrics"].items():
+        assert list(row) == ["value", "ci_low", "ci_high", "n", "unit", "higher_is_better"]
+        assert (row["unit"], row["higher_is_better"]) == (METRICS[name].unit, METRICS[name].higher_is_better)
+        assert METRICS[name].low <= row["ci_low"] <= row["value"] <= row["ci_high"] <= METRICS[name].high
+    assert all(name == metric.name and metric.source and metric.protocol for name, metric in METRICS.items())
+
+
+def test_perfect_replies_and_the_seed():
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in rng.integers(50, size=8)) for _ in range(40)]
+    rows = [make_row(response=text, reference=text, dialogue_id=str(i // 2)) for i, text in enumerate(texts)]
+    first = score_rows(rows, seed=1)["metrics"]
+    assert [first[name]["value"] for name in ("bleu", "f1", "rouge1", "rougeL")] == pytest.approx([100, 100, 1, 1])
+    assert score_rows(rows, seed=1)["metrics"] == first
+    mixed = [{**row, "response": " ".join(row["response"].split()[: rng.integers(9)])} for row in rows]
+    one, two = (score_rows(mixed, seed=seed)["metrics"] for seed in (1, 2))
+    assert one["f1"]["value"] == two["f1"]["value"]
+    assert one["f1"]["ci_low"] != two["f1"]["ci_low"]
+    assert one["f1"]["ci_low"] < one["f1"]["value"] < one["f1"]["ci_high"]
+
+
+def test_distinct_is_taken_at_the_number_of_tokens_asked():
+    run = score_rows(make_rows(), distinct_tokens=5)
+    assert run["run"]["distinct_tokens"] == run["metrics"]["distinct_1"]["n"] == 5
+
+
+def test_what_cannot_be_scored_is_named():
+    rows = [make_row(persona=[], response="no", reference=None), make_row(persona=[], response="", reference=None)]
+    result = score_rows(rows)
+    assert set(result["metrics"]) == {"distinct_1", "question_rate", "length_words"}
+    missing = result["run"]["not_scored"]
+    assert set(missing) | set(result["metrics"]) == set(METRICS) - {
+        *("persona_consistency", "persona_consistency_sampled", "perplexity_token", "perplexity_word", "bits_per_byte")
+    }
+    assert missing["bleu"] == "no row has a reference"
+    assert missing["keyword_score"] == "no row has a persona"
+    assert missing["distinct_2"] == "no reply has 2 tokens"
+    assert result["run"]["rows_without_persona"] == 2
+    with pytest.raises(ValueError, match="`rows` is empty"):
+        score_rows([])
+
+
+def test_all_replies_empty():
+    result = score_rows([make_row(response="", dialogue_id=str(i)) for i in range(3)])
+    for name in ("bleu", "f1", "rouge1", "keyword_score", "length_words"):
+        assert (result["metrics"][name]["value"], result["metrics"][name]["n"]) == (0, 3)
+    assert result["run"]["empty_responses"] == 3
+    assert set(result["run"]["not_scored"]) == {"distinct_1", "distinct_2", "repetition"}
+
+
+def test_one_dialogue_is_clustered_by_reply_and_one_row_has_no_interval():
+    result = score_rows([make_row(), make_row(response="hello")])
+    assert result["run"]["clusters"] == {"unit": "reply", "n": 2}
+    alone = score_rows([make_row()])["metrics"]["length_words"]
+    assert (alone["value"], alone["ci_low"], alone["ci_high"]) == (7, None, None)
+
+
+def test_prompt_text_stands_for_persona_and_history(tmp_path):
+    text = "[PERSONA] i have two dogs . | i work as a teacher . [DIALOGUE] hi , what do you do ? [RESPONSE]"
+    row = {key: value for key, value in make_row().items() if key not in ("persona", "history")} | {"prompt": text}
+    rows, rejected = read_rows(write(tmp_path / "a.jsonl", [row]))
+    assert not rejected
+    assert rows[0]["persona"] == make_row()["persona"]
+    assert rows[0]["history"] == make_row()["history"]
+
+
+def test_command_writes_results_and_provenance(tmp_path, capsys):
+    source = write(tmp_path / "replies.jsonl", make_rows())
+    output = tmp_path / "new" / "results.json"
+    main(["score", str(source), "--output", str(output), "--seed", "5", "--log_level", "error"])
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert result["metrics"] == score_rows(make_rows(), seed=5)["metrics"]
+    run = result["run"]
+    assert (run["responses"], run["rejected"], run["seed"], len(run["data_hash"])) == ("replies.jsonl", 0, 5, 64)
+    assert set(run["versions"]) == {"python", "numpy", "sacrebleu", "rouge-score"}
+    assert run["date"] and "git_commit" in run
+    assert [path.name for path in output.parent.iterdir()] == ["results.json"]  # no temporary file, no rejects
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in result["metrics"])
+
+
+def test_few_bad_rows_are_counted_and_kept_apart(tmp_path, caplog):
+    rows = [make_row(dialogue_id=str(i)) for i in range(39)]
+    source = write(tmp_path / "replies.jsonl", [*rows[:4], "{broken", *rows[4:], make_row(response=None, persona="x")])
+    output = tmp_path / "results.json"
+    main(["score", str(source), "--output", str(output)])
+    assert json.loads(output.read_text())["run"]["rejected"] == 2
+    assert json.loads(output.read_text())["run"]["rows"] == 39
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [(bad["file"], bad["line"]) for bad in rejected] == [(str(source), 5), (str(source), 41)]
+    assert "`persona` must be a list of sentences, got 'x'" in rejected[1]["reason"]
+    assert '`response` must be text ("" for an empty reply), got None' in rejected[1]["reason"]
+    assert f"{source}:5:" in caplog.text and f"{source}:41:" in caplog.text
+    main(["score", str(write(source, rows)), "--output", str(output)])
+    assert (tmp_path / "rejected.jsonl").read_text() == ""  # of this run, not of the last
+
+
+BAD = [
+    ("[1]", "a row must be a JSON object, got list"),
+    (make_row(history=[{"role": "system", "content": "x"}]), "`history` must be a list of"),
+    (make_row(history=None), "`history` must be a list of"),
+    (make_row(reference=3), "`reference` must be text or null, got 3"),
+    (make_row(dialogue_id=""), "`dialogue_id` must be text that is not empty, got ''"),
+    (make_row(persona=["i am tall .", " "]), "`persona` must be a list of sentences"),
+    ({"response": "hi"}, "`dialogue_id` must be text that is not empty, got nothing"),
+    ({"response": "hi", "dialogue_id": "d", "prompt": "no tags"}, "PERSONA"),
+]
+
+
+def test_many_bad_rows_stop_with_all_of_them(tmp_path):
+    source = write(tmp_path / "replies.jsonl", [make_row(), *(row for row, _ in BAD)])
+    source.write_bytes(source.read_bytes() + b'{"response": "\xff"}\n')
+    output = tmp_path / "results.json"
+    with pytest.raises(SystemExit) as stop:
+        main(["score", str(source), "--output", str(output)])
+    message = str(stop.value)
+    assert "9 of 10 rows are bad" in message
+    for number, (_, reason) in enumerate(BAD, 2):
+        line = next(line for line in message.splitlines() if f"replies.jsonl:{number}:" in line)
+        assert reason in line
+    assert "replies.jsonl:10: 'utf-8' codec" in message
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_a_file_without_rows_is_an_error(tmp_path, content):
+    source = tmp_path / "empty.jsonl"
+    source.write_text(content)
+    with pytest.raises(SystemExit, match="the file has no rows"):
+        main(["score", str(source), "--output", str(tmp_path / "results.json")])
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(SystemExit, match="nowhere.jsonl"):
+        main(["score", str(tmp_path / "nowhere.jsonl"), "--output", str(tmp_path / "results.json")])
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    source, output = write(tmp_path / "replies.jsonl", make_rows()), tmp_path / "results.json"
+    output.write_text("old")
+
+    def full(_descriptor):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SystemExit, match="disk full"):
+        main(["score", str(source), "--output", str(output)])
+    assert output.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["replies.jsonl", "results.json"]
+
+
+def test_module_is_a_command(tmp_path):
+    source, output = write(tmp_path / "replies.jsonl", make_rows()), tmp_path / "results.json"
+    command = [sys.executable, "-m", "evaluation", "score", str(source), "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "keyword_score" in done.stdout
+    assert json.loads(output.read_text())["run"]["rows"] == 4
