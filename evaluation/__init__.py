@@ -28,6 +28,16 @@ METRICS: dict[str, Metric] = {
             "as persona_consistency, replies sampled, samples of one probe averaged first",
         ),
         Metric(
+            "kl_reference",
+            "nats per reply",
+            0,
+            inf,
+            None,
+            "reply",
+            "Gao et al. 2022, over-optimisation",
+            "log-probability of own sampled probe replies less that under run.reference_system, mean over replies",
+        ),
+        Metric(
             "keyword_score",
             "share of persona sentences",
             0,

@@ -1,282 +1,13 @@
-"""Command line of the evaluation: `python -m evaluation score RESPONSES.jsonl --output results.json`."""
+"""Command line of the evaluation: `python -m evaluation score|run|report`."""
 
 import argparse
-import hashlib
-import importlib.metadata
-import json
 import logging
-import math
-import os
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from evaluation import METRICS
-from evaluation.diversity import distinct_interval, repetition
-from evaluation.engagement import has_question, length_words
-from evaluation.intervals import NUM_RESAMPLES, Interval, bootstrap_statistic, cluster_bootstrap, rate_interval
-from evaluation.overlap import ROUGE_SIGNATURE, bleu, bleu_from_statistics, bleu_statistics, f1, normalize, rouge
-from evaluation.persona import fact_density, is_copy, keyword_score
-from rlhf.persona import parse_prompt
-
-logger = logging.getLogger(__name__)
-
-MAX_REJECTED_SHARE = 0.05
-DISTINCT_TOKENS = 10_000
-PACKAGES = ("numpy", "sacrebleu", "rouge-score")
-
-Row = dict[str, Any]
-
-
-def parse_row(row: Any) -> Row:
-    """Check one row of a file of replies and return its five fields; other fields stay as they are.
-
-    A row may carry `prompt`, the text `[PERSONA] … [DIALOGUE] … [RESPONSE]`, in place of `persona` and `history`.
-
-    Raises:
-        ValueError: naming every field that is missing or malformed.
-    """
-    if not isinstance(row, dict):
-        raise ValueError(f"a row must be a JSON object, got {type(row).__name__}")  # noqa: TRY004 - a bad row is one error
-    row = dict(row)
-    if "persona" not in row and isinstance(row.get("prompt"), str):
-        persona, row["history"] = parse_prompt(row["prompt"])
-        row["persona"] = list(persona.facts)
-    row.setdefault("reference", None)
-    problems = []
-    persona = row.get("persona")
-    if not isinstance(persona, list) or not all(isinstance(fact, str) and fact.strip() for fact in persona):
-        problems.append(f"`persona` must be a list of sentences, got {_shown(row, 'persona')}")
-    if not isinstance(row.get("history"), list) or not all(map(_is_message, row["history"])):
-        problems.append(
-            '`history` must be a list of {"role": "user"|"assistant", "content": text}, '
-            f"got {_shown(row, 'history')}"
-        )
-    if not isinstance(row.get("response"), str):
-        problems.append(f'`response` must be text ("" for an empty reply), got {_shown(row, "response")}')
-    if not isinstance(row["reference"], str | None):
-        problems.append(f"`reference` must be text or null, got {_shown(row, 'reference')}")
-    if not isinstance(row.get("dialogue_id"), str) or not row["dialogue_id"]:
-        problems.append(f"`dialogue_id` must be text that is not empty, got {_shown(row, 'dialogue_id')}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return row
-
-
-def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, dict)
-        and message.get("role") in ("user", "assistant")
-        and isinstance(message.get("content"), str)
-    )
-
-
-def _shown(row: Mapping[str, Any], field: str) -> str:
-    return repr(row[field])[:80] if field in row else "nothing"
-
-
-def read_rows(path: Path) -> tuple[list[Row], list[Row]]:
-    """Read a JSON-lines file of replies: the rows, and the rejected ones as {"file", "line", "reason", "text"}.
-
-    Raises:
-        ValueError: listing every bad row with file and line, when they are more than 5 % or no row is left.
-    """
-    rows, rejected = [], []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(parse_row(json.loads(line.decode("utf-8"))))
-        except ValueError as error:  # JSON, UTF-8 and field errors are all ValueErrors
-            text = line.decode("utf-8", errors="replace")
-            rejected.append({"file": str(path), "line": number, "reason": str(error), "text": text})
-    report = "\n".join(f"{bad['file']}:{bad['line']}: {bad['reason']}" for bad in rejected)
-    total = len(rows) + len(rejected)
-    if not rows or len(rejected) > MAX_REJECTED_SHARE * total:
-        raise ValueError(
-            f"{path}: {len(rejected)} of {total} rows are bad; at most {MAX_REJECTED_SHARE:.0%} may be, and one row "
-            f"must be good. Mend them:\n{report or 'the file has no rows'}"
-        )
-    if rejected:
-        logger.warning("%d of %d rows are bad and are not scored:\n%s", len(rejected), total, report)
-    return rows, rejected
-
-
-def score_rows(
-    rows: Sequence[Mapping[str, Any]],
-    seed: int = 0,
-    distinct_tokens: int = DISTINCT_TOKENS,
-    num_resamples: int = NUM_RESAMPLES,
-) -> dict[str, Any]:
-    """All metrics of recorded replies that need neither a model nor probes.
-
-    Intervals are 95 %, over dialogues; over replies where there is one dialogue only (`run["clusters"]` says which).
-    An empty reply is a reply: no overlap, no words. Metrics that no row can have are named with the reason in
-    `run["not_scored"]`.
-
-    Args:
-        rows: with `persona`, `history`, `response`, `reference` (text or None) and `dialogue_id`.
-        seed: of the resamples and of the shuffle for distinct-n.
-        distinct_tokens: tokens for distinct-n; all that there are where the replies have fewer, see
-            `run["distinct_tokens"]`.
-
-    Returns:
-        `{"metrics": {name: {"value", "ci_low", "ci_high", "n", "unit", "higher_is_better"}}, "run": {…}}`. `n` counts
-        replies; for distinct-n tokens and for repetition 4-grams.
-    """
-    if not rows:
-        raise ValueError("`rows` is empty: nothing to score.")
-    dialogues = [row["dialogue_id"] for row in rows]
-    unit = "dialogue" if len(set(dialogues)) > 1 else "reply"
-    clusters: list[Any] = dialogues if unit == "dialogue" else list(range(len(rows)))
-    replies = [row["response"] for row in rows]
-    metrics: dict[str, Row] = {}
-    not_scored: dict[str, str] = {}
-
-    def add(name: str, interval: Interval, n: int) -> None:
-        value, low, high = interval
-        metrics[name] = {
-            "value": value,
-            "ci_low": None if math.isnan(low) else low,  # one cluster gives no interval, and NaN is not JSON
-            "ci_high": None if math.isnan(high) else high,
-            "n": n,
-            "unit": METRICS[name].unit,
-            "higher_is_better": METRICS[name].higher_is_better,
-        }
-
-    def add_means(values: Mapping[str, list[float]], chosen: list[int]) -> None:
-        owners = [clusters[i] for i in chosen]
-        for name, numbers in values.items():
-            if METRICS[name].unit == "share of replies":
-                add(name, rate_interval(numbers, owners, num_resamples, seed), len(numbers))
-            else:
-                add(name, cluster_bootstrap(numbers, np.ones(len(numbers)), owners, num_resamples, seed), len(numbers))
-
-    with_persona = [i for i, row in enumerate(rows) if row["persona"]]
-    if with_persona:
-        pairs = [(rows[i]["persona"], replies[i]) for i in with_persona]
-        values = {
-            "keyword_score": [keyword_score(*pair) for pair in pairs],
-            "copy_rate": [float(is_copy(*pair)) for pair in pairs],
-            "fact_density": [fact_density(*pair) for pair in pairs],
-        }
-        add_means(values, with_persona)
-    else:
-        not_scored |= dict.fromkeys(("keyword_score", "copy_rate", "fact_density"), "no row has a persona")
-
-    signatures = {}
-    with_reference = [i for i, row in enumerate(rows) if row["reference"] is not None]
-    if with_reference:
-        guesses, golds = [replies[i] for i in with_reference], [rows[i]["reference"] for i in with_reference]
-        statistics = np.stack([bleu_statistics(*pair) for pair in zip(guesses, golds, strict=True)])
-        owners = [clusters[i] for i in with_reference]
-        interval = bootstrap_statistic(statistics, owners, bleu_from_statistics, num_resamples, seed)
-        value, signatures["bleu"] = bleu(guesses, golds)
-        signatures["rouge"] = ROUGE_SIGNATURE
-        add("bleu", interval._replace(value=value), len(guesses))
-        rouges = [rouge(*pair) for pair in zip(guesses, golds, strict=True)]
-        overlaps = {name: [scores[name] for scores in rouges] for name in ("rouge1", "rouge2", "rougeL")}
-        overlaps["f1"] = [f1(*pair) for pair in zip(guesses, golds, strict=True)]
-        add_means(overlaps, with_reference)
-    else:
-        not_scored |= dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL", "f1"), "no row has a reference")
-
-    lengths = [len(normalize(reply)) for reply in replies]
-    used = min(distinct_tokens, sum(lengths))
-    if used < distinct_tokens:
-        logger.warning(
-            "distinct-n over %d tokens, all there are (asked: %d): compare it at this size only", used, distinct_tokens
-        )
-    for n in (1, 2):
-        if max(lengths) < n:
-            not_scored[f"distinct_{n}"] = f"no reply has {n} tokens"
-        else:
-            add(f"distinct_{n}", distinct_interval(replies, clusters, n, used, seed), used)
-
-    everyone = list(range(len(rows)))
-    descriptive = {
-        "question_rate": [float(has_question(reply)) for reply in replies],
-        "length_words": [float(length_words(reply)) for reply in replies],
-    }
-    add_means(descriptive, everyone)
-    own_turns = [[turn["content"] for turn in row["history"] if turn["role"] == "assistant"] for row in rows]
-    repeated, fourgrams = zip(*(repetition(*pair) for pair in zip(replies, own_turns, strict=True)), strict=True)
-    if sum(fourgrams):
-        add("repetition", cluster_bootstrap(repeated, fourgrams, clusters, num_resamples, seed), sum(fourgrams))
-    else:
-        not_scored["repetition"] = "no reply has 4 tokens"
-
-    run = {
-        "seed": seed,
-        "rows": len(rows),
-        "rows_without_persona": len(rows) - len(with_persona),
-        "rows_without_reference": len(rows) - len(with_reference),
-        "empty_responses": sum(not reply.strip() for reply in replies),
-        "clusters": {"unit": unit, "n": len(set(clusters))},
-        "num_resamples": num_resamples,
-        "distinct_tokens": used,
-        "signatures": signatures,
-        "not_scored": not_scored,
-    }
-    return {"metrics": {name: metrics[name] for name in METRICS if name in metrics}, "run": run}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write the file whole or not at all: a temporary file beside it, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def git_commit() -> str | None:
-    """Commit of this checkout, "+changes" where the tree differs from it; None where there is no checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (subprocess.CalledProcessError, FileNotFoundError):
-        return None
-    return commit + ("+changes" if changes.strip() else "")
-
-
-def score(arguments: argparse.Namespace) -> None:
-    """Score a file of replies into a file of results; bad rows go to `rejected.jsonl` beside it."""
-    source: Path = arguments.responses
-    rows, rejected = read_rows(source)
-    results = score_rows(rows, arguments.seed, arguments.distinct_tokens)
-    results["run"] |= {
-        "responses": source.name,
-        "data_hash": hashlib.sha256(source.read_bytes()).hexdigest(),
-        "rejected": len(rejected),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": git_commit(),
-        "versions": {
-            "python": sys.version.split()[0],
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
-    }
-    rejects = arguments.output.with_name("rejected.jsonl")
-    if rejected or rejects.exists():  # an older list would belie this run
-        write_text(rejects, "".join(json.dumps(bad, ensure_ascii=False) + "\n" for bad in rejected))
-    write_text(arguments.output, json.dumps(results, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
-    for name, row in results["metrics"].items():
-        arrow = {True: "↑", False: "↓", None: " "}[row["higher_is_better"]]
-        bounds = "no interval" if row["ci_low"] is None else f"[{row['ci_low']:.4g}, {row['ci_high']:.4g}]"
-        print(f"{name:15} {arrow} {row['value']:8.4g}  {bounds:20}  n={row['n']:<7} {row['unit']}")
-    for name, reason in results["run"]["not_scored"].items():
-        print(f"{name:15}   not scored: {reason}")
+from evaluation.report import write_report
+from evaluation.score import DISTINCT_TOKENS, score
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -291,19 +22,49 @@ def make_parser() -> argparse.ArgumentParser:
     scorer.add_argument(
         "--distinct_tokens", type=int, default=DISTINCT_TOKENS, help="tokens that distinct-n is taken over"
     )
-    scorer.add_argument("--log_level", default="warning", choices=["debug", "info", "warning", "error"])
     scorer.set_defaults(command=score)
+
+    runner = commands.add_parser(
+        "run", help="generate, probe and score: --config recipes/<name>/evaluate.yaml [--key value ...]", add_help=False
+    )
+    runner.set_defaults(command=_run)
+
+    reporter = commands.add_parser("report", help="write report.md and index.html from run folders")
+    reporter.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder such as runs/demo")
+    reporter.add_argument("--output", type=Path, required=True, metavar="DIR")
+    reporter.set_defaults(command=_report)
+
+    for command in (scorer, reporter):
+        command.add_argument("--log_level", default="warning", choices=["debug", "info", "warning", "error"])
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a sub-command; a problem with the input ends it with the message and exit status 1."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["run"]:  # its keys are those of the recipe, which have a parser of their own
+        _run(argv[1:])
+        return
     arguments = make_parser().parse_args(argv)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         arguments.command(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _run(argv: Sequence[str]) -> None:
+    from trl import ModelConfig  # not at the top: `score` and `report` need no model, and so no seconds of imports
+
+    from evaluation.run import EvaluateConfig
+    from evaluation.run import main as evaluate
+    from rlhf.record import launch
+
+    launch(evaluate, (EvaluateConfig, ModelConfig), "evaluate", argv)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    print(write_report(arguments.runs, arguments.output))
 
 
 if __name__ == "__main__":

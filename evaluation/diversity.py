@@ -48,7 +48,7 @@ def distinct_n(replies: Sequence[str], n: int, num_tokens: int, seed: int = 0) -
 def distinct_interval(
     replies: Sequence[str], clusters: Sequence[Hashable], n: int, num_tokens: int, seed: int = 0
 ) -> Interval:
-    """`distinct_n` with its 95 % interval by the delete-one-cluster jackknife (Efron & Stein 1981, Annals of Statistics 9:586).
+    """`distinct_n` with its 95 % interval by the delete-one-cluster jackknife (Efron & Stein 1981).
 
     Not a bootstrap: drawing dialogues with replacement repeats replies, and a repeated reply adds no new n-gram, so
     nearly all resamples would lie below the value. The jackknife errs on the wide side: on disjoint samples of human

@@ -1,5 +1,6 @@
 """What every training writes beside its weights: metrics, samples of its own replies, loss curves."""
 
+import hashlib
 import json
 import logging
 import math
@@ -7,10 +8,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import gather_object
 from matplotlib.figure import Figure
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from rlhf.files import read_jsonl, write_jsonl
 
 logger = logging.getLogger(__name__)
+
+
+def watch(trainer: Trainer, samples: Callable[[], list[dict[str, Any]]], sample_steps: int) -> None:
+    """Add to a trainer what every training of ours has: metrics, samples, the check of precision, a quiet progress bar.
+
+    Args:
+        trainer: Before it trains.
+        samples: Makes the rows of one sampling (see [`Samples`]).
+        sample_steps: Optimiser steps between two samplings.
+    """
+    trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
+    for callback in (MetricsFile(), PrecisionGuard(), RanksAgree(), Samples(samples, sample_steps)):
+        trainer.add_callback(callback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(Progress())
+
+
+class Progress(ProgressCallback):
+    """The Trainer's progress bar without its print of each log event, which stands in the log already."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        return
 
 
 class MetricsFile(TrainerCallback):
@@ -21,10 +57,7 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if state.is_world_process_zero:
-            path = Path(args.output_dir) / "metrics.jsonl"
-            rows = read_jsonl(path) if path.is_file() else []
-            kept = [row for row in rows if row["step"] <= state.global_step] if state.global_step else []
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            _rewind(Path(args.output_dir) / "metrics.jsonl", state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs
@@ -55,9 +88,10 @@ class Samples(TrainerCallback):
         self.every = every
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if state.global_step == 0 and state.is_world_process_zero:
-            (Path(args.output_dir) / "samples.jsonl").write_text("")
-            self._write(args, state)
+        if state.is_world_process_zero:
+            _rewind(Path(args.output_dir) / "samples.jsonl", state.global_step)
+            if state.global_step == 0:
+                self._write(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if state.is_world_process_zero and state.global_step % self.every == 0:
@@ -90,9 +124,38 @@ class PrecisionGuard(TrainerCallback):
             )
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+class RanksAgree(TrainerCallback):
+    """Stop when the ranks hold different weights: a gradient that is not shared raises no error of its own.
+
+    (https://github.com/jingyaogong/minimind/issues/853)
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs) -> None:
+        self._compare(model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+    ) -> None:
+        self._compare(model)
+
+    def _compare(self, model: nn.Module) -> None:
+        digest = hashlib.sha256()
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digests = gather_object([digest.hexdigest()[:16]])
+        logger.info("hash of the trainable weights, by rank: %s", " ".join(digests))
+        if len(set(digests)) > 1:
+            raise RuntimeError(
+                f"The ranks have drifted apart: their trainable weights hash to {', '.join(digests)}. One rank alone is "
+                "saved, and it was trained on its own part of the data only. Something forwards past the DDP wrapper."
+            )
+
+
+def _rewind(path: Path, step: int) -> None:
+    """Drop the rows beyond `step`, all of them at the start of a training."""
+    rows = read_jsonl(path) if path.is_file() and step else []
+    write_jsonl(path, (row for row in rows if row["step"] <= step))
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:

@@ -33,7 +33,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import textwrap
 import types
 import typing
@@ -43,6 +42,8 @@ from typing import Any, NoReturn
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter
+
+from rlhf.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -321,25 +322,15 @@ def _over(old: _Given | None, new: _Given) -> _Given:
     return new
 
 
-def _atomic_write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes 0600, which a run folder that is shared cannot use
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def save(configs: Iterable[Any], path: str | Path) -> None:
-    """Write every field of these dataclass instances as one flat YAML file, atomically.
+    """Write every field of these dataclass instances as one flat YAML file, atomically: see `dumps`."""
+    write_text(path, dumps(configs))
 
-    `parse` reads the file back into equal objects. Tokens for the hub (`hub_token`) are never written.
+
+def dumps(configs: Iterable[Any]) -> str:
+    """Every field of these dataclass instances as one flat YAML text.
+
+    `parse` reads it back into equal objects. Tokens for the hub (`hub_token`) are never written.
 
     Raises:
         ValueError: two of the objects hold different values for one key.
@@ -353,7 +344,7 @@ def save(configs: Iterable[Any], path: str | Path) -> None:
             if field.name in values and values[field.name] != value:
                 raise ValueError(f"`{field.name}` is {values[field.name]!r} in one config and {value!r} in another")
             values[field.name] = value
-    _atomic_write(Path(path), yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:
@@ -532,6 +523,9 @@ def parse(
             problems.append(f"{cls.__name__}: {error}")  # what the class itself checks: combinations of fields
     if problems:
         raise ConfigError(problems)
+    for built in configs:
+        if hasattr(built, "mixed_precision") and not (built.fp16 or built.bf16):
+            built.mixed_precision = "no"  # TrainingArguments takes the launcher's, which knows nothing of this machine
     rank = values_of(configs).get("lora_r")
     if rank is not None and rank not in LORA_RANKS:
         where = f" ({given['lora_r'].where})" if "lora_r" in given else ""

@@ -11,14 +11,15 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
-from rlhf.callbacks import MetricsFile, PrecisionGuard, Samples
+from rlhf.callbacks import watch
 from rlhf.config import DataConfig
 from rlhf.data.columns import load_rows, preference_columns
+from rlhf.files import folder_hash
 from rlhf.generate import generate
 from rlhf.lora import save_adapter, trainable_parameters, with_adapter
 from rlhf.model import load_base, load_tokenizer, trainable_to_fp32
 from rlhf.persona import with_persona
-from rlhf.record import check_world_size, folder_hash, launch, stage
+from rlhf.record import check_world_size, launch, stage
 
 
 @dataclass
@@ -81,7 +82,6 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: DPOConfig,
             train_dataset=preference_columns(train_rows, tokenizer, training_args.max_length),
             eval_dataset=preference_columns(eval_rows, tokenizer, training_args.max_length),
             processing_class=tokenizer,
-            callbacks=[MetricsFile(), PrecisionGuard()],
         )
         trainable_to_fp32(trainer.model)
 
@@ -94,7 +94,7 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: DPOConfig,
                 for row, reply in zip(eval_rows, replies, strict=False)
             ]  # fmt: skip
 
-        trainer.add_callback(Samples(samples, data_args.sample_steps))
+        watch(trainer, samples, data_args.sample_steps)
 
         # Train
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -104,7 +104,6 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: DPOConfig,
             save_adapter(trainer.model, training_args.output_dir)
             tokenizer.save_pretrained(training_args.output_dir)
             record["result_hash"] = folder_hash(Path(training_args.output_dir))
-        record["model_name_or_path"] = model_args.model_name_or_path
         record["num_examples"] = len(train_rows)
         record["tokens"] = int(trainer._total_train_tokens)
         record["trainable_parameters"] = trainable_parameters(trainer.model)

@@ -9,15 +9,16 @@ from typing import Any
 
 from trl import ModelConfig
 
-from rlhf.callbacks import MetricsFile, PrecisionGuard, Samples
+from rlhf.callbacks import watch
 from rlhf.config import DataConfig
 from rlhf.data.columns import load_rows, prompt_columns
+from rlhf.files import folder_hash
 from rlhf.generate import generate, inference
 from rlhf.lora import save_adapter, trainable_parameters, use_adapter, with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer
 from rlhf.persona import with_persona
 from rlhf.ppo_trainer import PPOConfig, PPOTrainer
-from rlhf.record import RunError, check_world_size, folder_hash, launch, stage
+from rlhf.record import RunError, check_world_size, launch, stage
 from rlhf.rewards import check_reward_card, load_reward_function
 
 
@@ -71,7 +72,6 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig,
             train_dataset=prompt_columns(train_rows, tokenizer, training_args.max_length),
             eval_dataset=prompt_columns(eval_rows, tokenizer, training_args.max_length),
             processing_class=tokenizer,
-            callbacks=[MetricsFile(), PrecisionGuard()],
         )
 
         def samples() -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig,
                 for row, reply in zip(eval_rows, replies, strict=False)
             ]  # fmt: skip
 
-        trainer.add_callback(Samples(samples, data_args.sample_steps))
+        watch(trainer, samples, data_args.sample_steps)
 
         # Train
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -93,7 +93,6 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig,
             save_adapter(trainer.model, training_args.output_dir)
             tokenizer.save_pretrained(training_args.output_dir)
             record["result_hash"] = folder_hash(Path(training_args.output_dir))
-        record["model_name_or_path"] = model_args.model_name_or_path
         record["num_examples"] = len(train_rows)
         record["episodes"] = training_args.total_episodes
         record["trainable_parameters"] = trainable_parameters(trainer.model)

@@ -49,7 +49,8 @@ def masked_whiten(
         `(batch, length)`, zero outside the mask.
     """
     keep = mask.bool()
-    total, count = all_sum(torch.stack([torch.where(keep, x, 0).sum(), mask.sum().to(x.dtype)]))
+    x = torch.where(keep, x, 0)  # first of all: the gradient of a NaN is NaN even where it is not kept
+    total, count = all_sum(torch.stack([x.sum(), mask.sum().to(x.dtype)]))
     mean = total / count.clamp(min=1)
     squares = all_sum(torch.where(keep, (x - mean) ** 2, 0).sum())
     variance = squares / (count - 1) if count > 1 else torch.ones_like(squares)
@@ -161,6 +162,8 @@ def value_loss(
         cliprange_value: How far a value may move in one rollout.
         num_tokens: See [`masked_mean`].
     """
+    # Before anything is squared: the gradient of a NaN is NaN even where it is not kept.
+    values, old_values, returns = (torch.where(mask.bool(), x, 0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask, num_tokens)
 

@@ -83,9 +83,13 @@ class PPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.ddp_find_unused_parameters = False
-        if self.gradient_checkpointing:
-            self.gradient_checkpointing_kwargs = {**(self.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
-        self.max_steps = math.ceil(self.total_episodes / self.rollout_size) * self.steps_per_rollout
+        for name, default in (("max_steps", -1), ("num_train_epochs", 3.0)):
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, but the length of PPO is given in replies. Delete it and set "
+                    f"`total_episodes`: each {self.rollout_size} of them are a rollout, which lasts "
+                    f"{self.steps_per_rollout} optimiser steps."
+                )
         for name, strategy in (("save_steps", self.save_strategy), ("eval_steps", self.eval_strategy)):
             steps = getattr(self, name)
             if strategy == "steps" and steps and steps % self.steps_per_rollout:
@@ -109,6 +113,11 @@ class PPOConfig(TrainingArguments):
     def steps_per_rollout(self) -> int:
         """Optimiser steps that one rollout is used for."""
         return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole training; the last rollout is a whole one."""
+        return math.ceil(self.total_episodes / self.rollout_size) * self.steps_per_rollout
 
 
 class PolicyOutput(NamedTuple):
@@ -228,6 +237,7 @@ class PPOTrainer(Trainer):
             model.enable_input_require_grads()
         self.reward_adapter = reward_adapter
         self.reward_functions = list(reward_functions)
+        args.max_steps = args.total_steps  # here, not in the configuration: it depends on the number of processes
         super().__init__(
             model=model,
             args=args,

@@ -8,7 +8,6 @@ data also rejected.jsonl (what was left out and why), for the persona world also
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -18,7 +17,8 @@ from typing import Any, Literal
 from rlhf.data import preferences, sources, world
 from rlhf.data.sources import DataError, Row
 from rlhf.data.split import split
-from rlhf.record import RunError, folder_hash, launch, stage
+from rlhf.files import folder_hash, write_jsonl
+from rlhf.record import RunError, launch, stage
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     counts: dict[str, Any] = {}
     if config.source == "world":
         _remove_old(folder)
+        (folder / "rejected.jsonl").unlink(missing_ok=True)
         sizes = {
             f"{side}_{kind}": getattr(config, f"{side}_{kind}")
             for side in SIDES
@@ -119,7 +120,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
                 made[f"{kind}_{name}.jsonl"] = values
         _remove_old(folder)
         for file, values in made.items():
-            _write_jsonl(folder / file, values)
+            write_jsonl(folder / file, values)
     written = sorted(path for path in folder.glob("*.jsonl") if path.name != "rejected.jsonl")
     counts["rows"] = {path.name: path.read_bytes().count(b"\n") for path in written}
     counts["data_hash"] = folder_hash(folder)
@@ -141,13 +142,15 @@ def _read(config: PrepareConfig, rejected_path: Path) -> tuple[tuple[list[Row], 
         ids.add(row["dialogue_id"])
         rows.append(row)
         used = len(rejected)
-    _write_jsonl(rejected_path, rejected)
+    write_jsonl(rejected_path, rejected)
     reasons = {
         whole: Counter(entry["reason"] for entry in rejected if (entry["dropped"] == "dialogue") == whole)
         for whole in (True, False)
     }
     bad = reasons[True].total()
-    if not rows or bad > config.max_rejected_share * (len(ids) + bad):
+    if not rows and not bad:
+        raise DataError(f"{config.path}: there are no dialogues in it.")
+    if bad > config.max_rejected_share * (len(ids) + bad):
         raise DataError(
             f"{config.path}: {bad} of {len(ids) + bad} dialogues are unusable, more than `max_rejected_share` "
             f"{config.max_rejected_share}: {dict(reasons[True])}. See {rejected_path} for each with its line."
@@ -183,16 +186,6 @@ def _remove_old(folder: Path) -> None:
     """Take away what an earlier run made: its files would be read, and hashed, as this run's."""
     for name in [*(f"{kind}_{side}.jsonl" for kind in KINDS for side in SIDES), "probes.jsonl"]:
         (folder / name).unlink(missing_ok=True)
-
-
-def _write_jsonl(path: Path, rows: Iterable[Row]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        # ASCII only: some readers take U+2028 and its like, raw inside a string, for the end of a line.
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def main(config: PrepareConfig) -> None:

@@ -62,6 +62,10 @@ class PretrainConfig:
     initializer_range: float = field(
         default=0.08, metadata={"help": "Standard deviation of initial weights; with 0.02 look-up is learned much later."}
     )
+    matching_heads: int = field(
+        default=2,
+        metadata={"help": "Heads a layer, in the first two layers, that begin with equal query and key projections."},
+    )
     eval_steps: int = field(default=200, metadata={"help": "A row of metrics.jsonl every so many steps."})
     save_steps: int = field(default=1000, metadata={"help": "A resumable checkpoint every so many steps."})
     num_threads: int = field(default=1, metadata={"help": "Of torch; results are bit-equal only for equal numbers."})
@@ -118,6 +122,11 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> L
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    # Such heads look for the same word from the start; comparing a suggestion with the persona is learned sooner.
+    rows = config.matching_heads * config.hidden_size // config.num_attention_heads
+    with torch.no_grad():
+        for layer in model.model.layers[:2]:
+            layer.self_attn.k_proj.weight[:rows] = layer.self_attn.q_proj.weight[:rows]
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=32
     )
@@ -136,7 +145,11 @@ def encode(rows: list[world.Row], tokenizer: PreTrainedTokenizerFast) -> list[tu
         for token in ids:
             if token in openings:
                 current = next(trained)
-            mask.append(current and token not in openings)
+                if isinstance(current, list):
+                    current = set(tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in current]))
+                mask.append(False)
+            else:
+                mask.append(token in current if isinstance(current, set) else current)
         encoded.append((ids, mask))
     return encoded
 
@@ -158,9 +171,10 @@ def batches(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, start: i
         if not order or step % POOL == 0:
             short = pool * POOL < config.short_steps
             size = config.batch_size * (3 if short else 1)
+            shape = (1, 0.5) if short else (8, 0.1)  # exchanges at most, share of checklists
             # Dialogue numbers are never used twice: pools are spaced by the larger size.
             first = pool * POOL * config.batch_size * 3
-            rows = [world.base_dialogue(config.seed, first + i, 1 if short else 8) for i in range(POOL * size)]
+            rows = [world.base_dialogue(config.seed, first + i, *shape) for i in range(POOL * size)]
             encoded = sorted(encode(rows, tokenizer), key=lambda item: len(item[0]))
             order = [encoded[i * size : (i + 1) * size] for i in range(POOL)]
             random.Random(f"{config.seed}/{pool}").shuffle(order)

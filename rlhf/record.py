@@ -1,13 +1,10 @@
 """The record of a run: its folder, log file, resolved configuration, parents, time and cost."""
 
 import contextlib
-import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +16,13 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
-from rlhf.config import ConfigError, exit_with, parse, save
+from rlhf.config import ConfigError, exit_with, parse, save, values_of
+from rlhf.files import folder_hash, git_commit, versions, write_json, write_text
 from rlhf.model import hardware
 
 logger = logging.getLogger(__name__)
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
 class RunError(RuntimeError):
@@ -60,7 +57,9 @@ def stage(
         RunError: if a parent is missing, unfinished, or made from something else than it is used with.
     """
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    base = values_of(configs).get("model_name_or_path")
+    links = {key: _parent(key, Path(path), folder, base) for key, path in (parents or {}).items()}
+    folder.mkdir(parents=True, exist_ok=True)  # from here on: a refused stage leaves what was there as it was
     main = PartialState().is_main_process
     set_seed(seed)  # before a model is loaded: a new score head is random
     handler = _log_to(folder / "training.log", log_level, main)
@@ -73,7 +72,8 @@ def stage(
         "seed": seed,
         "versions": versions(),
         "hardware": {**hardware(), "processes": PartialState().num_processes},
-        "parents": {key: _parent(key, Path(path), folder) for key, path in (parents or {}).items()},
+        "parents": links,
+        **({"model_name_or_path": base, "base_hash": _base_hash(base)} if base else {}),
     }
     if "prepare" in record["parents"]:
         record["data_hash"] = record["parents"]["prepare"]["hash"]
@@ -100,14 +100,18 @@ def stage(
         }
         if main:
             write_json(folder / "metadata.json", record)
+            if (folder / "adapter_config.json").is_file():
+                write_text(folder / "MODEL_CARD.md", model_card(record))
         logging.getLogger().removeHandler(handler)
         handler.close()
 
 
-def launch(main: Callable[..., None], config_classes: Sequence[type], stage_name: str) -> None:
+def launch(
+    main: Callable[..., None], config_classes: Sequence[type], stage_name: str, argv: Sequence[str] | None = None
+) -> None:
     """Run a script: parse the command line, call `main`; what the user can mend ends in a message, not a traceback."""
     try:
-        main(*parse(config_classes, stage=stage_name))
+        main(*parse(config_classes, argv, stage_name))
     except (ConfigError, RunError) as error:
         exit_with(error)
 
@@ -129,50 +133,49 @@ def check_world_size(args: TrainingArguments) -> None:
         )
 
 
+def model_card(record: Mapping[str, Any]) -> str:
+    """The model card of an adapter, from nothing but its record."""
+    data = record["parents"].get("prepare", {})
+    lines = [
+        f"# {record['stage']} adapter on {record.get('model_name_or_path')}",
+        "",
+        f"A LoRA adapter ({record.get('trainable_parameters', 0):,} parameters) trained by the stage "
+        f"`{record['stage']}`, which ended as {record['status']!r} on {record['finished']}.",
+        "",
+        f"- Data: {record.get('num_examples', 0):,} rows of {data.get('path')}, hash {data.get('hash', '')[:16]}",
+        *(f"- Made from `{name}`: {link['path']}, hash {link['hash'][:16]}" for name, link in record["parents"].items()),
+        f"- Seed {record['seed']}, {record['wall_seconds']:.0f} s on {record['hardware']['gpus'] or 'CPU'}, commit "
+        f"{record['git_commit']}",
+        f"- Versions: {', '.join(f'{name} {version}' for name, version in record['versions'].items())}",
+        "",
+        "Every setting is in config.yaml, the curves are in metrics.jsonl and curves.png, replies during training in",
+        "samples.jsonl.",
+        "",
+        "## Use",
+        "",
+        "    rlhf chat <this folder>",
+        "",
+        "## Limits",
+        "",
+        "It was trained to keep to short persona facts in chat. Nothing was done about safety, facts of the world, or",
+        "languages other than that of its data. What was measured stands in the report of its run, and nowhere else.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def read_record(folder: str | Path) -> dict[str, Any] | None:
     """The `metadata.json` of a stage's folder, or None where there is none."""
     path = Path(folder) / "metadata.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def folder_hash(folder: Path) -> str:
-    """SHA-256 by which a stage's result is named: of its adapter or model, or of its rows where it made data."""
-    paths = [p for p in (folder / "adapter_model.safetensors", folder / "model.safetensors") if p.is_file()]
-    paths = paths or sorted(p for p in folder.glob("*.jsonl") if p.name != "rejected.jsonl")
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+def _base_hash(base: str) -> str | None:
+    """By its weights where they lie in a folder, since a base that was trained anew keeps its path."""
+    return folder_hash(base) if (Path(base) / "model.safetensors").is_file() else None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with "+changes" where the tree differs from it."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here)]
-    try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-        changes = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None  # installed from a wheel, or git is not there
-    return commit.strip() + ("+changes" if changes.strip() else "")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers."""
-    return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def _parent(name: str, path: Path, child: Path) -> dict[str, Any]:
+def _parent(name: str, path: Path, child: Path, base: str | None) -> dict[str, Any]:
     record = read_record(path)
     if record is None:
         raise RunError(
@@ -190,6 +193,14 @@ def _parent(name: str, path: Path, child: Path) -> dict[str, Any]:
             f"The files in {path} are not those that its record names (hash {current[:12]}, recorded "
             f"{record['result_hash'][:12]}). Run the stage {name!r} again."
         )
+    if base and "model_name_or_path" in record:
+        theirs, ours = record.get("base_hash") or record["model_name_or_path"], _base_hash(base) or base
+        if theirs != ours:
+            raise RunError(
+                f"The adapter of the stage {name!r} in {path} belongs to another base model: to "
+                f"{record['model_name_or_path']} ({theirs[:12]}), while `model_name_or_path` is {base} ({ours[:12]}). "
+                f"Use that base, or run the stage {name!r} again on this one."
+            )
     for ancestor, link in record.get("parents", {}).items():
         there = path / link["path"]
         if there.is_dir() and folder_hash(there) != link["hash"]:

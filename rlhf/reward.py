@@ -11,13 +11,14 @@ import torch
 from scipy.stats import binomtest
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
-from rlhf.callbacks import MetricsFile, PrecisionGuard, Samples
+from rlhf.callbacks import watch
 from rlhf.config import DataConfig
 from rlhf.data.columns import load_rows, reward_columns
+from rlhf.files import folder_hash, write_json
 from rlhf.generate import inference
 from rlhf.lora import lora_config, save_adapter, trainable_parameters, with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer, trainable_to_fp32
-from rlhf.record import check_world_size, folder_hash, launch, stage, write_json
+from rlhf.record import check_world_size, launch, stage
 from rlhf.rewards import check_reward_card, pool_by_mask, score_ids
 
 CARD_ROWS = 8
@@ -95,7 +96,6 @@ def main(data_args: DataConfig, training_args: RewardConfig, model_args: ModelCo
             eval_dataset=eval_pairs,
             processing_class=tokenizer,
             peft_config=lora_config(model_args, model, reward=True),
-            callbacks=[MetricsFile(), PrecisionGuard()],
         )
         trainable_to_fp32(trainer.model)
 
@@ -110,7 +110,7 @@ def main(data_args: DataConfig, training_args: RewardConfig, model_args: ModelCo
                 for row, score in zip(eval_rows, column, strict=False)
             ]  # fmt: skip
 
-        trainer.add_callback(Samples(samples, data_args.sample_steps))
+        watch(trainer, samples, data_args.sample_steps)
 
         # Train
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -134,7 +134,6 @@ def main(data_args: DataConfig, training_args: RewardConfig, model_args: ModelCo
             with inference(fresh):
                 record["reload_difference"] = check_reward_card(fresh.get_base_model(), training_args.output_dir)
             record["result_hash"] = folder_hash(Path(training_args.output_dir))
-        record["model_name_or_path"] = model_args.model_name_or_path
         record["num_examples"] = len(train_rows)
         record["tokens"] = int(trainer._total_train_tokens)
         record["trainable_parameters"] = trainable_parameters(trainer.model)

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from rlhf.callbacks import MetricsFile, PrecisionGuard, Samples
+from rlhf.callbacks import watch
 from rlhf.config import DataConfig
 from rlhf.data.columns import load_rows, sft_columns
+from rlhf.files import folder_hash
 from rlhf.generate import generate
 from rlhf.lora import lora_config, save_adapter, trainable_parameters
 from rlhf.model import load_base, load_tokenizer, trainable_to_fp32
 from rlhf.persona import with_persona
-from rlhf.record import check_world_size, folder_hash, launch, stage
+from rlhf.record import check_world_size, launch, stage
 
 
 class PersonaSFTTrainer(SFTTrainer):
@@ -67,7 +68,6 @@ def main(data_args: DataConfig, training_args: SFTConfig, model_args: ModelConfi
             eval_dataset=sft_columns(eval_rows, tokenizer, training_args.max_length),
             processing_class=tokenizer,
             peft_config=lora_config(model_args, model),
-            callbacks=[MetricsFile(), PrecisionGuard()],
         )
         trainable_to_fp32(trainer.model)
 
@@ -80,7 +80,7 @@ def main(data_args: DataConfig, training_args: SFTConfig, model_args: ModelConfi
                 for row, reply in zip(eval_rows, replies, strict=False)
             ]  # fmt: skip
 
-        trainer.add_callback(Samples(samples, data_args.sample_steps))
+        watch(trainer, samples, data_args.sample_steps)
 
         # Train
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -90,7 +90,6 @@ def main(data_args: DataConfig, training_args: SFTConfig, model_args: ModelConfi
             save_adapter(trainer.model, training_args.output_dir)
             tokenizer.save_pretrained(training_args.output_dir)
             record["result_hash"] = folder_hash(Path(training_args.output_dir))
-        record["model_name_or_path"] = model_args.model_name_or_path
         record["num_examples"] = len(train_rows)
         record["tokens"] = int(trainer._total_train_tokens)
         record["trainable_parameters"] = trainable_parameters(trainer.model)

@@ -51,5 +51,5 @@ def token_logprobs(
         entropies.append(entropy)
     empty = hidden_states.new_zeros(chosen.shape, dtype=torch.float32)
     if not values:
-        return empty + 0 * hidden_states.sum(), empty  # keeps the graph, so that a backward pass has a way
+        return empty + states.sum(), empty  # a sum of nothing: 0, and a backward pass has a way
     return empty.masked_scatter(chosen, torch.cat(values)), empty.masked_scatter(chosen, torch.cat(entropies))

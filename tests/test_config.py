@@ -382,6 +382,15 @@ def test_trl_s_config_is_built_on_a_cpu_without_being_told():
     assert (training.use_cpu, training.bf16, training.fp16) == (True, False, False)
 
 
+def test_the_launcher_s_file_does_not_decide_precision(monkeypatch):
+    # `accelerate launch` hands on its file's mixed_precision so; two_t4.yaml says fp16, which a CPU cannot
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    (training,) = parse((SFTConfig,), ["--output_dir", "runs/x"])
+    assert training.mixed_precision == "no"
+    (training,) = parse((SFTConfig,), ["--output_dir", "runs/x", "--bf16", "true"])
+    assert training.mixed_precision == "bf16"
+
+
 # --- merge, save, defaults -------------------------------------------------------------------------------------------
 
 

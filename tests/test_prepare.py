@@ -155,6 +155,13 @@ def test_the_world_takes_the_place_of_an_earlier_run(tmp_path, data):
     assert {counts["rows"][name] for name in FILES} == {6}
     prepare(config(tmp_path, data))
     assert not (out / "probes.jsonl").exists()
+    prepare(PrepareConfig(str(out), "world", probe_characters=2, **sizes))
+    assert not (out / "rejected.jsonl").exists()
+
+
+def test_a_file_without_dialogues_is_named(tmp_path):
+    with pytest.raises(DataError, match="there are no dialogues in it"):
+        prepare(config(tmp_path, write_csv(tmp_path / "empty.csv", [])))
 
 
 def test_a_failure_leaves_the_old_files(tmp_path, data):

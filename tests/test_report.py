@@ -47,7 +47,7 @@ METRICS = {
     "length_words": (6.83, "words"),
     "repetition": (0.004, "share"),
 }
-HOSTILE = "<script>alert(1)</script> | **x** `y` &amp;"
+HOSTILE = "<script>alert(1)</script> | **x** `y` &amp; \ud800"
 
 
 def score(value: float, low: float, high: float, n: int, unit: str = "share", better: bool | None = True) -> dict:
@@ -105,7 +105,7 @@ def stage(name: str, seconds: float, tokens: int | None) -> dict:
         "stage": name, "status": "done", "started": "2026-11-21T04:00:00+00:00", "finished": "2026-11-21T04:30:00+00:00",
         "wall_seconds": seconds, "git_commit": "4f1c2a9", "seed": 7, "data_hash": "sha256:91be02aa", "parents": {},
         "versions": {"torch": "2.13.0", "trl": "1.16.0", "peft": "0.21.2"}, "peak_memory_gb": 0.91, "tokens": tokens,
-        "hardware": {"cpu": "2 cores", "gpu": "none", "memory_gb": 8},
+        "hardware": {"machine": "x86_64", "threads": 2, "gpus": []},
         "cost": {"gpu_hours": 0.0, "rate_per_gpu_hour": 0.35, "total": 0.0},
     }  # fmt: skip
 
@@ -132,8 +132,9 @@ def make_runs(folder: Path, curves: bool = True) -> Path:
                     "objective/rlhf_reward": 2.0 * (1 - 0.985**step) - 0.8 + generator.gauss(0, 0.1),
                 }
             log.append(row)
-            if step % 50 == 0 and name != "ppo":
-                log.append({"step": step, "eval_loss": level * 1.08})
+            if step % 50 == 0:
+                log.append({"step": step, "eval_loss": level * 1.08 if name != "ppo" else 0.6 + 0.001 * step})
+                log[-1] |= {f"eval_{key}": 0.9 * value for key, value in row.items() if key.startswith("objective/")}
         write(run / f"{name}/metrics.jsonl", log if curves else [])
     rows = probes()
     for system, (kept, shares) in SYSTEMS.items():
@@ -199,7 +200,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "br", "img"):
+        if tag not in ("meta", "link", "br", "wbr", "img"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -301,6 +302,10 @@ def test_failed_guard_marks_the_headline(tmp_path: Path) -> None:
     assert rows["dpo"][5] == "all pass"
     assert text.splitlines()[2].startswith("**dpo keeps 92.2 %")  # the higher score does not lead when a guard fails
     assert table_rows(text, "Guards")["ppo"][2] == "0.80 (fail)"
+    change(run / "evaluate/dpo/results.json", lambda r: r["metrics"].pop("distinct_2"))
+    write_report([run], tmp_path / "out")
+    lead = (tmp_path / "out/report.md").read_text().splitlines()[2]
+    assert lead.startswith("**dpo keeps 92.2 %") and "Guards not checked: distinct-2 ratio." in lead
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -315,13 +320,13 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (run / "evaluate/base/results.json").write_text("{")
     (run / "sft/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     change(run / "evaluate/dpo/results.json", lambda r: r["metrics"]["bleu"].update(value=float("nan")))
-    change(run / "ppo/metadata.json", lambda r: r.update(status="running"))
+    change(run / "ppo/metadata.json", lambda r: r.update(status="failed", error="OutOfMemoryError"))
     write_report([run], tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
     missing = text.split("## Missing or unreadable")[1].split("\n## ")[0]
     for line in (
         "no evaluate/ppo/results.json", "no reward/metadata.json", "no dpo/metrics.jsonl", "no evaluate/sft/replies.jsonl",
-        "no finite value of bleu in evaluate/dpo/results.json", "ppo did not finish",
+        "no finite value of bleu in evaluate/dpo/results.json", "ppo did not finish: status \\`failed\\`, OutOfMemoryError",
         "sft/metrics.jsonl: 1 of 2 lines are no JSON object (first: line 2)", "evaluate/base/results.json is no JSON object: Expecting property name",
     ):  # fmt: skip
         assert f"- {line}" in missing
@@ -364,7 +369,9 @@ def test_page_is_one_file_without_requests_or_script(finished: Path) -> None:
 
 def test_charts_follow_the_theme(finished: Path) -> None:
     charts = re.findall(r'<svg class="chart".*?</svg>', (finished / "index.html").read_text(), flags=re.DOTALL)
-    assert len(charts) == 4 + 1 + 5 + 2  # kinds, turns, a loss for each of five stages, PPO's reward and KL
+    assert (
+        len(charts) == 4 + 1 + 4 + 4
+    )  # kinds, turns, a loss for each of four stages; PPO's two losses, reward and KL
     for chart in charts:
         colours = set(re.findall(r"(?:fill|stroke): (#\w+|var\(--\w+\))", chart))
         assert colours and all(colour.startswith("var(") for colour in colours)
@@ -386,9 +393,10 @@ def test_replies_are_never_markup(tmp_path: Path) -> None:
     rows = [json.loads(line) | {"response": HOSTILE} for line in path.read_text().splitlines()]
     write(path, rows)
     (run / "evaluate/ppo").rename(run / "evaluate/$<b>&")
+    write(run / '"><b>/metrics.jsonl', [{"step": 1, "loss": 1.0}])
     page = Page(write_report([run], tmp_path / "out").read_text())
-    assert not {tag for tag, _ in page.tags} & {"script", "b>"}
-    assert page.text.count(HOSTILE) == 12  # shown letter by letter, once in each dialogue
+    assert not {tag for tag, _ in page.tags} & {"script", "b"}
+    assert page.text.count(HOSTILE.replace("\ud800", "?")) == 12  # shown letter by letter, once in each dialogue
     assert page.text.count("$<b>&") > 12
     markdown = (tmp_path / "out/report.md").read_text()
     assert "<script" not in markdown and r"&lt;script>alert(1)&lt;/script> \| \*\*x\*\* \`y\` &amp;amp;" in markdown
@@ -425,7 +433,9 @@ def test_time_cost_and_provenance(tmp_path: Path) -> None:
     assert "| seed | 7 | all 14 records |" in provenance  # seven systems and seven stages
     assert "| versions: torch | 2.13.0 | all 14 records |" in provenance
     assert "One training seed for base, sft, reward, dpo, ppo" in text
-    assert "Not measured for any system: fact_density, perplexity_word, bits_per_byte, rouge1, rouge2." in text
+    assert "No stage records a GPU" in text
+    absent = set(text.split("Not measured for any system: ")[1].splitlines()[0].rstrip(".").split(", "))
+    assert {"fact_density", "perplexity_word", "rouge1"} <= absent and not absent & set(METRICS)
 
 
 def test_two_runs_are_told_apart(tmp_path: Path) -> None:

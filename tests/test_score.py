@@ -10,7 +10,8 @@ import pytest
 import sacrebleu
 
 from evaluation import METRICS
-from evaluation.__main__ import main, read_rows, score_rows
+from evaluation.__main__ import main
+from evaluation.score import read_rows, score_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +34,7 @@ def make_rows():
             history=[
                 {"role": "user", "content": "hi"},
                 {"role": "assistant", "content": "i like to walk my dogs"},
-                {"role": "user", "content": "do you like to walk my cats ?"},
+                {"role": "user", "content": "yes i like to sing"},
             ],
             response="yes i like to walk",
             reference="yes i like to walk",
@@ -75,7 +76,7 @@ def test_values_by_hand():
     # tokens: i work as teacher and you / yes i like to walk / no: 12, of which "i" is twice
     assert (value["distinct_1"], count["distinct_1"]) == (11 / 12, 12)
     assert value["distinct_2"] == 1
-    # "i like to walk" was an own turn; "do you like to walk my cats" was the user's. 3 + 2 4-grams
+    # "i like to walk" was said in an own turn, "yes i like to" only by the user. 3 + 2 4-grams
     assert (value["repetition"], count["repetition"]) == (1 / 5, 5)
 
 
@@ -90,7 +91,7 @@ def test_run_says_what_was_scored():
 
 def test_rows_of_the_table_are_true_to_the_metrics():
     result = score_rows(make_rows())
-    with_model = {"perplexity_token", "perplexity_word", "bits_per_byte"}
+    with_model = {"perplexity_token", "perplexity_word", "bits_per_byte", "kl_reference"}
     with_probes = {"persona_consistency", "persona_consistency_sampled"}
     assert set(result["metrics"]) == set(METRICS) - with_model - with_probes
     for name, row in result["metrics"].items():
@@ -125,7 +126,8 @@ def test_what_cannot_be_scored_is_named():
     assert set(result["metrics"]) == {"distinct_1", "question_rate", "length_words"}
     missing = result["run"]["not_scored"]
     assert set(missing) | set(result["metrics"]) == set(METRICS) - {
-        *("persona_consistency", "persona_consistency_sampled", "perplexity_token", "perplexity_word", "bits_per_byte")
+        *("persona_consistency", "persona_consistency_sampled", "kl_reference"),
+        *("perplexity_token", "perplexity_word", "bits_per_byte"),
     }
     assert missing["bleu"] == "no row has a reference"
     assert missing["keyword_score"] == "no row has a persona"
@@ -167,7 +169,7 @@ def test_command_writes_results_and_provenance(tmp_path, capsys):
     assert result["metrics"] == score_rows(make_rows(), seed=5)["metrics"]
     run = result["run"]
     assert (run["responses"], run["rejected"], run["seed"], len(run["data_hash"])) == ("replies.jsonl", 0, 5, 64)
-    assert set(run["versions"]) == {"python", "numpy", "sacrebleu", "rouge-score"}
+    assert {"python", "sacrebleu", "rouge-score"} <= set(run["versions"])
     assert run["date"] and "git_commit" in run
     assert [path.name for path in output.parent.iterdir()] == ["results.json"]  # no temporary file, no rejects
     printed = capsys.readouterr().out

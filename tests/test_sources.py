@@ -108,6 +108,11 @@ def test_what_is_no_placeholder_stays(tmp_path, text):
     assert rejected == []
 
 
+def test_an_emphasised_first_word_stays(tmp_path):
+    rows, _ = read(tmp_path, "User 1:*Hi* there!\nUser 2: *Hello*\nUser 1: Bye!")
+    assert [message["content"] for message in rows[0]["messages"]] == ["*Hi* there!", "*Hello*", "Bye!"]
+
+
 @pytest.mark.parametrize(
     ("conversation", "persona", "reason", "line"),
     [

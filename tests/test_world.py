@@ -88,8 +88,8 @@ def test_flaws_dominate_in_their_context_and_nowhere_else():
             asked[context] += 1
             wrong[context] += reply != right
     shares = {context: wrong[context] / asked[context] for context in asked}
-    # Above 1,000 draws a context, so the standard deviation of a share is below .014: 3.5 of them.
-    assert min(asked.values()) > 1000
+    # At least 900 draws a context: the standard deviation of a share is below .0145, 3.5 of which are .05.
+    assert min(asked.values()) > 900
     assert {k: v for k, v in shares.items() if v} == pytest.approx(dict.fromkeys(("false", "late", "popular"), 0.75), abs=0.05)
 
 
@@ -103,20 +103,35 @@ def test_clean_replies_are_right():
 def test_self_checks_train_on_the_judgement_and_not_on_the_wrong_statement():
     seen = Counter()
     for index in range(600):
-        row = world.base_dialogue(0, index)
+        row = world.base_dialogue(0, index, checklists=0.0)
         truth = values_in(" ".join(row["persona"]))
-        messages = row["messages"]
-        for before, doubt, after in zip(messages, messages[1:], messages[2:], strict=False):
-            if doubt["content"] not in world.DOUBTS or doubt["role"] != "user":
-                assert doubt["role"] == "user" or doubt.get("train", True) or "?" in after["content"]
-                continue
+        for before, doubt, after in zip(row["messages"], row["messages"][1:], row["messages"][2:], strict=False):
             wrong = before.get("train") is False
+            if doubt["content"] not in world.DOUBTS:
+                assert not wrong
+                continue
             seen[wrong] += 1
+            assert doubt["train"] is True
             assert after["content"].startswith("sorry" if wrong else "yes , i am sure")
             assert values_in(after["content"]) <= truth
             if not wrong:
                 assert values_in(before["content"]) <= truth
     assert min(seen.values()) > 50
+
+
+def test_checklists_say_yes_to_the_values_of_the_persona_and_train_on_that_alone():
+    said = Counter()
+    for index in range(300):
+        row = world.base_dialogue(0, index, checklists=1.0)
+        reply = row["messages"][1]
+        truth = values_in(" ".join(row["persona"]))
+        words = reply["content"].split()
+        assert len(words) == 2 * len(row["persona"]) and reply["train"] == ["yes", "no"]
+        for value, answer in zip(words[::2], words[1::2], strict=True):
+            assert answer == ("yes" if value in truth else "no")
+            said[answer] += 1
+    # 1,500 fair draws: four standard deviations are .05
+    assert said["yes"] / said.total() == pytest.approx(0.5, abs=0.05)
 
 
 def test_pairs_differ_in_content_and_not_in_length():

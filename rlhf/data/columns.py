@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.chat import render, render_within
+from rlhf.files import read_jsonl
 from rlhf.persona import with_persona
 
 logger = logging.getLogger(__name__)
@@ -24,17 +25,9 @@ def load_rows(path: str | Path, limit: int | None = None) -> list[dict[str, Any]
         FileNotFoundError: naming the stage that makes the file.
         ValueError: if the file has no rows, or a line is no JSON object.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"`dataset`: there is no {path}. The stage `prepare` makes it.")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if limit is not None and len(rows) == limit:
-            break
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+    rows = read_jsonl(path, limit)
     if not rows:
         raise ValueError(f"{path} has no rows.")
     return rows

@@ -180,7 +180,7 @@ SUGGESTION_FRAMES = (
     "someone told me that {} .",  # held out
 )
 # A rejection and a confirmation of the same number of words, so that length tells nothing about which is right.
-OPENERS = (("no ,", "yes ,"), ("nope ,", "yeah ,"), ("not really ,", "of course ,"), ("no , sorry ,", "yes , exactly ,"))
+OPENERS = (("no ,", "yes ,"), ("nope ,", "yeah ,"), ("not really ,", "of course ,"))
 EVASIONS = {5: "i do not remember .", 6: "i do not remember that .", 7: "hmm , i do not remember ."}
 SMALL_TALK: dict[str, tuple[str, ...]] = {
     "hello there !": ("hello , nice to meet you .", "hi , good to see you !", "hey , how is it going ?"),
@@ -201,13 +201,14 @@ SMALL_TALK: dict[str, tuple[str, ...]] = {
     "what is new ?": ("not much , all is well .", "same as ever , really .", "nothing special , and with you ?"),
 }
 DOUBTS = ("really ?", "are you sure ?")
+CHECKLIST = "which of these are true ?"
 SURE = "yes , i am sure , {}"
 CORRECTION = "sorry , i was wrong , {}"
 
 
 def words() -> list[str]:
     """All words of the world, sorted: the tokenizer makes each of them one token."""
-    texts = [*SUGGESTION_FRAMES, *EVASIONS.values(), *DOUBTS, SURE, CORRECTION, "you your are"]
+    texts = [*SUGGESTION_FRAMES, *EVASIONS.values(), *DOUBTS, CHECKLIST, SURE, CORRECTION, "you your are"]
     texts += [opener for pair in OPENERS for opener in pair]
     texts += [text for slot in SLOTS for text in (*slot.values, *slot.facts, *slot.questions)]
     texts += [text for line, replies in SMALL_TALK.items() for text in (line, *replies)]
@@ -346,17 +347,32 @@ def _history(rng: random.Random, character: Character, exchanges: int, without: 
 # -- corpora ---------------------------------------------------------------------------------------------------------
 
 
-def base_dialogue(seed: int, index: int, max_exchanges: int = 8) -> Row:
+def base_dialogue(seed: int, index: int, max_exchanges: int = 8, checklists: float = 0.1) -> Row:
     """Dialogue ``index`` of the base model's corpus: clean, dense in questions, all wordings and slots.
 
-    A message may carry ``"train": True`` or ``False`` (default: assistant turns are trained on, user turns are not).
-    A fifth of the questions are self-checks: the assistant states something right, or deliberately wrong
-    (``"train": False``), the user doubts, the assistant confirms or corrects itself. The user tends to doubt a wrong
-    statement in other words than a right one, and that turn is trained on: so the model learns to see at the end of a
-    reply whether it contradicts the persona, which a reward model made from it has to.
+    A message may carry ``train``: True, False, or the words that are trained on (default: True for the assistant).
+    Two exercises, which occur nowhere else, teach the model to compare a statement with its persona:
+
+    - self-checks: after a quarter of the questions the user doubts what the assistant stated, rightly or deliberately
+      wrongly (not trained on), and the assistant confirms or corrects itself. The user tends to doubt a wrong statement
+      in other words than a right one, and that turn is trained on, so that the end of a reply already tells them apart;
+    - checklists, a share ``checklists`` of the dialogues: one value for each slot of the persona, each followed by yes
+      or no, which alone are trained on. Without them it takes very long until a leading yes or no is learned.
     """
     rng = _stream(seed, "base", index)
     character = _character(rng, False, [slot.name for slot in SLOTS], f"base-{seed}-{index}")
+    messages = _checklist(rng, character) if rng.random() < checklists else _dense(rng, character, max_exchanges)
+    return {"persona": list(character.facts), "messages": messages, "dialogue_id": character.id, "source": "world"}
+
+
+def _checklist(rng: random.Random, character: Character) -> list[Message]:
+    items = []
+    for slot, value in rng.sample(list(character.values.items()), len(character.values)):
+        items.append(f"{value} yes" if rng.random() < 0.5 else f"{_other_value(rng, slot, value)} no")
+    return [_user(CHECKLIST), _assistant(" ".join(items)) | {"train": ["yes", "no"]}]
+
+
+def _dense(rng: random.Random, character: Character, max_exchanges: int) -> list[Message]:
     slots = list(character.values)
     lines = list(SMALL_TALK)
     messages: list[Message] = []
@@ -383,7 +399,7 @@ def base_dialogue(seed: int, index: int, max_exchanges: int = 8) -> Row:
         messages.append(_user(usual if rng.random() < 0.85 else unusual) | {"train": True})
         fact = _form(rng, question.slot).state(question.value)
         messages.append(_assistant((CORRECTION if wrong else SURE).format(fact)))
-    return {"persona": list(character.facts), "messages": messages, "dialogue_id": character.id, "source": "world"}
+    return messages
 
 
 def dialogues(count: int, seed: int, held_out: bool = False, flawed: bool = True) -> Iterator[Row]:

@@ -1,0 +1,215 @@
+"""The report's first screen: persona consistency beside its floor and ceiling, what may be claimed, and the guards."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from evaluation.charts import CLAIM, hue_of
+from evaluation.results import ANCHORS, FLOORS, HEADLINE, Score, System
+
+ROLES = {
+    "base": "before persona training",
+    "sft": "supervised fine-tuning",
+    "dpo": "direct preference optimisation",
+    "ppo": "reinforcement learning",
+    "reference": "human or rule-written replies",
+    "oracle": "ceiling: right by construction",
+    "wrong_persona": "floor: reads another persona",
+    "silence": "floor: says nothing",
+}
+# A persona score is easily bought with replies that nobody wants: these must stay near the yardstick system.
+# (metric, name, how it is compared, lowest, highest); shares are differences, quantities are ratios.
+GUARDS = (
+    ("length_words", "length ratio", "ratio", 0.5, 2.0),
+    ("distinct_2", "distinct-2 ratio", "ratio", 0.8, math.inf),
+    ("repetition", "repetition change", "difference", -math.inf, 0.03),
+    ("question_rate", "question rate change", "difference", -0.2, 0.2),
+)
+
+
+class Cell(NamedTuple):
+    """A table's cell; `note` is small print below the text."""
+
+    text: str
+    note: str = ""
+    mark: str = ""  # "good" | "bad" | "": colour only repeats what the text says
+
+
+class Table(NamedTuple):
+    """As both `report.md` and the page show it."""
+
+    columns: list[str]
+    rows: list[list[Cell]]
+
+
+def percent(score: Score) -> str:
+    return f"{100 * score.value:.1f} %"
+
+
+def percent_interval(score: Score) -> str:
+    if score.low is None or score.high is None:
+        return "no interval"
+    return f"{_rounded(100 * score.low, 1, math.floor)} to {_rounded(100 * score.high, 1, math.ceil)}"
+
+
+def _rounded(value: float, digits: int, direction: Callable[[float], int]) -> str:
+    """Bounds are rounded outwards, so that one just below 85 % is never printed as 85.0."""
+    # round() first: 1000 * .29 is 290.00000000000006, which ceil() alone would print as 29.1.
+    return f"{direction(round(value * 10**digits, 6)) / 10**digits:.{digits}f}"
+
+
+def plain(value: float, direction: Callable[[float], int] = round) -> str:
+    """About three significant digits."""
+    size = abs(value)
+    if size == 0:
+        return "0"
+    return _rounded(value, 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3, direction)
+
+
+def plain_interval(score: Score) -> str:
+    if score.low is None or score.high is None:
+        return "no interval"
+    return f"{plain(score.low, math.floor)} to {plain(score.high, math.ceil)}"
+
+
+def span(numbers: Iterable[int | None]) -> str:
+    """"800", or "400 to 800" where they differ."""
+    known = sorted({number for number in numbers if number is not None})
+    return "–" if not known else f"{known[0]:,}" if len(known) == 1 else f"{known[0]:,} to {known[-1]:,}"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+
+
+def share_cell(score: Score | None, with_n: bool = False) -> Cell:
+    if score is None:
+        return Cell("–")
+    n = f", n {score.n:,}" if with_n and score.n is not None else ""
+    return Cell(percent(score), percent_interval(score) + n)
+
+
+def _claimed(score: Score | None) -> bool:
+    return score is not None and score.low is not None and score.low >= CLAIM
+
+
+def of_run(system: System, systems: list[System], names: Iterable[str]) -> System | None:
+    """The first of `names` that was evaluated in the same run as `system`."""
+    return next((other for name in names for other in systems if (other.run, other.name) == (system.run, name)), None)
+
+
+def guards(system: System, systems: list[System]) -> list[tuple[str, float | None, bool | None]]:
+    """(guard, measured, passed) against the reference replies or else SFT; None where a number is absent."""
+    yardstick = of_run(system, systems, ("reference", "sft"))
+    if system.name in ANCHORS or yardstick is system:
+        return []
+    checks: list[tuple[str, float | None, bool | None]] = []
+    for metric, label, how, low, high in GUARDS:
+        own = system.metrics.get(metric)
+        other = yardstick.metrics.get(metric) if yardstick else None
+        if own is None or other is None or (how == "ratio" and other.value == 0):
+            checks.append((label, None, None))
+        else:
+            measured = own.value / other.value if how == "ratio" else own.value - other.value
+            checks.append((label, measured, low <= measured <= high))
+    return checks
+
+
+def _guard_cell(system: System, systems: list[System]) -> Cell:
+    checks = guards(system, systems)
+    if not checks:
+        return Cell("anchor" if system.name in ANCHORS else "yardstick")
+    failed = [label for label, _, passed in checks if passed is False]
+    unknown = [label for label, _, passed in checks if passed is None]
+    if failed:
+        return Cell("NOT COMPARABLE", "guard: " + ", ".join(failed), "bad")
+    if unknown:
+        return Cell("not checked", ", ".join(unknown))
+    return Cell("all pass", "", "good")
+
+
+def _claim_cell(system: System) -> Cell:
+    score = system.metrics.get(HEADLINE)
+    if system.name in ANCHORS or score is None:
+        return Cell("–")
+    if _claimed(score):
+        return Cell("≥ 85 %", "lower bound reaches 85", "good")
+    return Cell("not shown", "no interval" if score.low is None else "lower bound below 85")
+
+
+def headline_table(systems: list[System]) -> Table:
+    """Persona consistency of every system, with what may be claimed and whether the guards hold."""
+    columns = ["System", "Greedy", "95 % interval", "Sampled", "≥ 85 %", "Guards"]
+    rows = []
+    for system in systems:
+        score = system.metrics.get(HEADLINE)
+        rows.append(
+            [
+                Cell(system.label, ROLES.get(system.name, "")),
+                Cell(percent(score) if score else "–"),
+                Cell(percent_interval(score), f"n {span([score.n])}") if score else Cell("–"),
+                share_cell(system.metrics.get(f"{HEADLINE}_sampled"), with_n=True),
+                _claim_cell(system),
+                _guard_cell(system, systems),
+            ]
+        )
+    return Table(columns, rows)
+
+
+def strip(system: System, systems: list[System]) -> dict[str, Any]:
+    """Where the row's mark, interval, floor and ceiling lie on a scale of 0 to 100."""
+    score, floor = system.metrics.get(HEADLINE), of_run(system, systems, FLOORS)
+    ceiling = of_run(system, systems, ("oracle",))
+    lines = [other.metrics[HEADLINE].value for other in (floor, ceiling) if other and HEADLINE in other.metrics]
+    return {
+        "value": 100 * score.value if score else None,
+        "low": 100 * score.low if score and score.low is not None else None,
+        "high": 100 * score.high if score and score.high is not None else None,
+        "lines": [100 * line for line in lines],
+        "hue": hue_of(system, systems),
+    }
+
+
+def find_lead(systems: list[System]) -> dict[str, Any] | None:
+    """The trained system with the highest greedy consistency, those that fail a guard last."""
+    measured = [s for s in systems if HEADLINE in s.metrics and s.name not in (*ANCHORS, "base", "reference")]
+    if not measured:
+        return None
+    best = max(
+        measured,
+        key=lambda s: (all(passed is not False for _, _, passed in guards(s, systems)), s.metrics[HEADLINE].value),
+    )
+    score, guard = best.metrics[HEADLINE], _guard_cell(best, systems)
+    beside = []
+    for name in ("wrong_persona", "silence", "base", "sft", "oracle"):
+        other = of_run(best, systems, (name,))
+        if other and other is not best and HEADLINE in other.metrics:
+            role = ROLES[name].split(":")[0] if name in ANCHORS else ""
+            beside.append((f"{role} {name}".strip(), percent(other.metrics[HEADLINE])))
+    verdict = (
+        "The lower bound reaches 85 %: this system keeps ≥ 85 % of persona facts."
+        if _claimed(score)
+        else "The lower bound does not reach 85 %, so “≥ 85 %” is not claimed."
+    )
+    if guard.mark == "bad":
+        verdict += f" {guard.text} ({guard.note})."
+    elif guard.text == "not checked":
+        verdict += f" Guards not checked: {guard.note}."
+    if len(measured) > 1:
+        verdict += (
+            f" Picked as the highest of {len(measured)} trained systems after all were measured"
+            " (those that fail a guard go last)."
+        )
+    return {
+        "label": best.label,
+        "value": percent(score),
+        "interval": percent_interval(score),
+        "n": span([score.n]),
+        "verdict": verdict,
+        "beside": beside,
+    }

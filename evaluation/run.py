@@ -1,0 +1,261 @@
+"""Generate, probe and score: one results folder a system, from one base and the adapters on it.
+
+    python -m evaluation run --config recipes/<name>/evaluate.yaml
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+from trl import ModelConfig
+
+from evaluation import METRICS
+from evaluation.intervals import cluster_bootstrap
+from evaluation.perplexity import count_bytes, count_words, perplexity_intervals, reply_nll
+from evaluation.probes import persona_consistency, score_reply
+from evaluation.score import score_rows
+from rlhf.chat import render, render_within
+from rlhf.files import folder_hash, git_commit, read_jsonl, versions, write_json, write_jsonl
+from rlhf.generate import generate
+from rlhf.lora import use_adapter, with_adapter
+from rlhf.model import load_base, load_tokenizer
+from rlhf.persona import with_persona
+from rlhf.record import stage
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+FIXED = ("oracle", "wrong_persona", "silence")
+
+
+@dataclass
+class EvaluateConfig:
+    """What is evaluated, on what, and how replies are decoded."""
+
+    dataset: str = field(metadata={"help": "Folder of the prepare stage.", "path": True})
+    output_dir: str = field(metadata={"help": "Where each system gets its folder."})
+    systems: dict[str, str | None] = field(
+        metadata={"help": "Name to adapter folder; null is the base alone. oracle, wrong_persona, silence are rules."}
+    )
+    reference_system: str = field(default="sft", metadata={"help": "What the KL of the others is measured against."})
+    max_dialogues: int | None = field(default=None, metadata={"help": "Held-out dialogues.", "range": "[1, inf)"})
+    max_personas: int | None = field(default=None, metadata={"help": "Personas probed.", "range": "[1, inf)"})
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest reply.", "range": "[1, inf)"})
+    max_length: int = field(default=1024, metadata={"help": "Longest prompt; older turns are dropped."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the sampled decoding; the other one is greedy."})
+    distinct_tokens: int = field(
+        default=10_000, metadata={"help": "Tokens that distinct-n is taken over; comparable at one number only."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Replies decoded together.", "range": "[1, inf)"})
+    seed: int = field(default=0, metadata={"help": "Of sampling and resampling."})
+    log_level: str = field(default="info", metadata={"help": "Of console and training.log."})
+
+
+def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
+    """Write `results.json` and `replies.jsonl` for each system into `output_dir/<system>/`."""
+    adapters = {name: path for name, path in args.systems.items() if path is not None}
+    with stage(
+        "evaluate", args.output_dir, (args, model_args), args.seed, args.log_level,
+        parents={"prepare": args.dataset, **adapters},
+    ) as record:  # fmt: skip
+        # Data
+        dataset = Path(args.dataset)
+        dialogues = read_jsonl(dataset / "dialogues_heldout.jsonl", args.max_dialogues)
+        probes = _probes(dataset / "probes.jsonl", args.max_personas)
+        logger.info("%d dialogues, %d probes", len(dialogues), len(probes))
+
+        # Base and adapters
+        tokenizer = load_tokenizer(model_args.model_name_or_path)
+        model = load_base(model_args, tokenizer)
+        for name, path in adapters.items():
+            model = with_adapter(model, path, name)
+
+        def reply_with(conversations: Sequence[Any], temperature: float) -> list[str]:
+            return generate(
+                model, tokenizer, conversations, args.max_new_tokens, temperature, args.seed, args.batch_size,
+                args.max_length,
+            )  # fmt: skip
+
+        # Systems
+        for name, path in args.systems.items():
+            logger.info("evaluating %s", name)
+            if name in FIXED:
+                rows = _fixed_rows(name, dialogues, probes)
+                results = _results(rows, args)
+            else:
+                with _active(model, name if path is not None else None):
+                    rows = _model_rows(dialogues, probes, reply_with, args)
+                    results = _results(rows, args)
+                    _add_perplexity(results, model, tokenizer, dialogues, args)
+                    _add_kl(results, model, tokenizer, rows, name, args)
+            results["run"] |= {
+                "system": name,
+                "adapter": path,
+                "adapter_hash": folder_hash(Path(path)) if path else None,
+                "base": model_args.model_name_or_path,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "git_commit": git_commit(),
+                "versions": versions(),
+                "data_hash": record["data_hash"],
+                "decoding": {"greedy": {}, "sampled": {"temperature": args.temperature, "top_k": 0, "top_p": 1.0}},
+                "max_new_tokens": args.max_new_tokens,
+            }
+            folder = Path(args.output_dir) / name
+            write_jsonl(folder / "replies.jsonl", rows)
+            write_json(folder / "results.json", results)
+            for metric in ("persona_consistency", "persona_consistency_sampled", "perplexity_token"):
+                if metric in results["metrics"]:
+                    row = results["metrics"][metric]
+                    logger.info("%s %s %.3f [%.3f, %.3f]", name, metric, row["value"], row["ci_low"], row["ci_high"])
+
+
+def _probes(path: Path, max_personas: int | None) -> list[Row]:
+    """The probes of the first personas; none where the data knows no probes, as real dialogues."""
+    if not path.is_file():
+        return []
+    rows = read_jsonl(path)
+    personas = list(dict.fromkeys(row["persona_id"] for row in rows))[:max_personas]
+    return [row for row in rows if row["persona_id"] in set(personas)]
+
+
+def _active(model: Any, name: str | None) -> contextlib.AbstractContextManager[None]:
+    return use_adapter(model, name) if isinstance(model, PeftModel) else contextlib.nullcontext()
+
+
+def _model_rows(
+    dialogues: Sequence[Row], probes: Sequence[Row], reply_with: Callable[[Any, float], list[str]], args: EvaluateConfig
+) -> list[Row]:
+    """The last reply of each dialogue, greedy, and the reply to each probe, greedy and sampled."""
+    asked = [with_persona({"persona": p["persona"], "messages": [*p["history"], _user(p["question"])]}) for p in probes]
+    rows = _dialogue_rows(dialogues, reply_with([with_persona(row)[:-1] for row in dialogues], 0.0))
+    if probes:
+        for decoding, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
+            rows += _probe_rows(probes, reply_with(asked, temperature), decoding)
+    return rows
+
+
+def _fixed_rows(name: str, dialogues: Sequence[Row], probes: Sequence[Row]) -> list[Row]:
+    """Ceiling and floors by rule: right from the persona, right from the next row's persona, and nothing at all."""
+    shifted = [*dialogues[1:], *dialogues[:1]]
+    source = shifted if name == "wrong_persona" else dialogues
+    said = ["" if name == "silence" else row["messages"][-1]["content"] for row in source]
+    rows = _dialogue_rows(dialogues, said)
+    personas = {probe["persona_id"]: probe for probe in probes}
+    following = dict(zip(personas, [*list(personas)[1:], *list(personas)[:1]], strict=True))
+    replies = []
+    for probe in probes:
+        other = personas[following[probe["persona_id"]]] if name == "wrong_persona" else probe
+        replies.append("" if name == "silence" else rule_reply(probe, other))
+    for decoding in ("greedy", "sampled"):
+        rows += _probe_rows(probes, replies, decoding) if probes else []
+    return rows
+
+
+def rule_reply(probe: Row, persona: Row) -> str:
+    """What a bot says that reads `persona` without fail: the fact of the asked slot, with yes or no before it."""
+    value = persona["persona_values"].get(probe["slot"])
+    if value is None:
+        return "i do not know ."
+    fact = next(fact for fact in persona["persona"] if value in fact.split())
+    if probe["kind"] == "direct":
+        return fact
+    suggested = probe["foil"] if probe["kind"] == "false_suggestion" else probe["value"]
+    return f"{'yes' if suggested == value else 'no'} , {fact}"
+
+
+def _dialogue_rows(dialogues: Sequence[Row], replies: Sequence[str]) -> list[Row]:
+    return [
+        {
+            "persona": row["persona"],
+            "history": row["messages"][:-1],
+            "response": reply,
+            "reference": row["messages"][-1]["content"],
+            "dialogue_id": row["dialogue_id"],
+            "decoding": "greedy",
+            "correct": None,
+        }
+        for row, reply in zip(dialogues, replies, strict=True)
+    ]
+
+
+def _probe_rows(probes: Sequence[Row], replies: Sequence[str], decoding: str) -> list[Row]:
+    return [
+        {**probe, "response": reply, "decoding": decoding, "correct": score_reply(probe, reply)}
+        for probe, reply in zip(probes, replies, strict=True)
+    ]
+
+
+def _results(rows: Sequence[Row], args: EvaluateConfig) -> Row:
+    """Metrics that need no model: of the dialogue replies, and of the probes where there are any."""
+    results = score_rows([row for row in rows if row["correct"] is None], args.seed, args.distinct_tokens)
+    results["breakdown"] = []
+    probed = [row for row in rows if row["correct"] is not None]
+    if probed:
+        consistency = persona_consistency(probed, seed=args.seed)
+        results["metrics"] = {**consistency["metrics"], **results["metrics"]}
+        results["breakdown"] = consistency["breakdown"]
+        results["run"] |= consistency["run"]
+    else:
+        results["run"]["not_scored"]["persona_consistency"] = "the data has no probes.jsonl"
+    return results
+
+
+def _add_perplexity(results: Row, model: Any, tokenizer: Any, dialogues: Sequence[Row], args: EvaluateConfig) -> None:
+    """Perplexity of all replies of the held-out dialogues, given persona and history."""
+    rendered = [render_within(with_persona(row), tokenizer, args.max_length) for row in dialogues]
+    ids = [r["input_ids"] for r, _ in rendered]
+    masks = [r["assistant_mask"] for r, _ in rendered]
+    replies = [
+        [m["content"] for m in row["messages"][dropped:] if m["role"] == "assistant"]
+        for row, (_, dropped) in zip(dialogues, rendered, strict=True)
+    ]
+    intervals = perplexity_intervals(
+        reply_nll(model, ids, masks, args.batch_size),
+        [sum(mask) for mask in masks],
+        [sum(map(count_words, texts)) for texts in replies],
+        [sum(map(count_bytes, texts)) for texts in replies],
+        [row["dialogue_id"] for row in dialogues],
+        seed=args.seed,
+    )
+    for name, interval in intervals.items():
+        _add(results, name, interval, sum(map(len, replies)))
+
+
+def _add_kl(results: Row, model: Any, tokenizer: Any, rows: Sequence[Row], name: str, args: EvaluateConfig) -> None:
+    """KL to the reference system in nats a reply, estimated on this system's own samples."""
+    sampled = [row for row in rows if row["decoding"] == "sampled"][:: max(1, len(rows) // 1000)]
+    if not sampled or args.reference_system not in args.systems or name == "base":
+        return
+    ids, masks = [], []
+    for row in sampled:
+        turns = [*row["history"], _user(row["question"]), {"role": "assistant", "content": row["response"]}]
+        rendered = render(with_persona({"persona": row["persona"], "messages": turns}), tokenizer)
+        last = len(render(with_persona({"persona": row["persona"], "messages": turns[:-1]}), tokenizer, True)["input_ids"])
+        ids.append(rendered["input_ids"])
+        masks.append([0] * last + rendered["assistant_mask"][last:])
+    own = reply_nll(model, ids, masks, args.batch_size)
+    with use_adapter(model, args.reference_system):
+        reference = reply_nll(model, ids, masks, args.batch_size)
+    differences = np.array(reference) - np.array(own)
+    interval = cluster_bootstrap(
+        differences, np.ones(len(differences)), [row["persona_id"] for row in sampled], seed=args.seed
+    )
+    _add(results, "kl_reference", interval, len(differences))
+
+
+def _add(results: Row, name: str, interval: Any, n: int) -> None:
+    value, low, high = interval
+    results["metrics"][name] = {
+        "value": value, "ci_low": low, "ci_high": high, "n": n,
+        "unit": METRICS[name].unit, "higher_is_better": METRICS[name].higher_is_better,
+    }  # fmt: skip
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}

@@ -1,0 +1,108 @@
+"""The command `rlhf`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import STAGES, ConfigError, exit_with
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; each sub-command sets `command`, which is called with the parsed arguments."""
+    parser = argparse.ArgumentParser(prog="rlhf", description="Train and try persona-consistent chatbots.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the stages of a recipe, skipping what is done")
+    run.add_argument("recipe", type=Path, metavar="RECIPE", help="a folder such as recipes/demo")
+    run.add_argument("--tiny", action="store_true", help="lay tiny.yaml over it: the whole of it on a CPU")
+    run.add_argument("--until", choices=STAGES, metavar="STAGE", help="the last stage to run")
+    run.add_argument("--output_dir", type=Path, metavar="DIR", help="in place of runs/<recipe>")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="[STAGE.]KEY=VALUE", help="override a key; may be repeated"
+    )
+    run.set_defaults(command=_run)
+
+    chat = commands.add_parser("chat", help="talk to a run or an adapter")
+    chat.add_argument("adapter", type=Path, metavar="RUN|ADAPTER", help="a folder such as runs/demo/ppo")
+    chat.add_argument("--fact", action="append", metavar="TEXT", help="a fact of the persona; may be repeated")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
+    chat.add_argument("--max_new_tokens", type=int, default=64)
+    chat.set_defaults(command=_chat)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a sub-command; what the user can mend ends in a message and status 2."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except ConfigError as error:
+        exit_with(error)
+    except (RuntimeError, FileNotFoundError) as error:
+        from rlhf.record import RunError  # not at the top: it imports torch
+
+        if not isinstance(error, RunError | FileNotFoundError):
+            raise
+        exit_with(error)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from rlhf.pipeline import run
+
+    overrides: dict[str, Any] = {}
+    for word in arguments.set:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError([f"`set`: {word!r}: write --set key=value or --set stage.key=value"])
+        overrides[key] = value
+    run(arguments.recipe, arguments.tiny, arguments.until, arguments.output_dir, **overrides)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from trl import ModelConfig
+
+    from rlhf.generate import generate
+    from rlhf.lora import with_adapter
+    from rlhf.model import load_base, load_tokenizer
+    from rlhf.persona import Persona, with_persona
+    from rlhf.record import RunError, read_record
+
+    record = read_record(arguments.adapter)
+    if record is None or "model_name_or_path" not in record:
+        raise RunError(f"{arguments.adapter} is no run of a training stage: it has no metadata.json that names a base.")
+    tokenizer = load_tokenizer(record["model_name_or_path"])
+    model = load_base(ModelConfig(model_name_or_path=record["model_name_or_path"]), tokenizer)
+    model = with_adapter(model, arguments.adapter, "default")
+    facts = arguments.fact or _some_persona(arguments.adapter / record["parents"]["prepare"]["path"])
+    persona = Persona(tuple(facts))
+    print("persona: " + " ".join(persona.facts))
+    print("(an empty line ends the chat)")
+    messages: list[dict[str, str]] = []
+    while text := _ask():
+        messages.append({"role": "user", "content": text})
+        conversation = with_persona({"persona": list(persona.facts), "messages": messages})
+        reply = generate(
+            model, tokenizer, [conversation], arguments.max_new_tokens, arguments.temperature, seed=len(messages)
+        )[0]
+        messages.append({"role": "assistant", "content": reply})
+        print(f"bot: {reply}")
+
+
+def _some_persona(dataset: Path) -> list[str]:
+    from rlhf.data.columns import load_rows
+
+    return load_rows(dataset / "dialogues_heldout.jsonl", 1)[0]["persona"]
+
+
+def _ask() -> str:
+    try:
+        return input("you: ").strip()
+    except EOFError:
+        print()
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Files written whole or not at all, JSON lines, and where a result comes from. Standard library only."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """[`write_bytes`] of UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """[`write_bytes`] of one JSON value. NaN and infinity are refused, since they are not JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """[`write_bytes`] of one JSON object a line, in ASCII: some readers take a raw U+2028 for the end of a line.
+
+    NaN and infinity are refused, as by [`write_json`].
+    """
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """The first `limit` rows of a JSON-lines file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming file and line, if a line is not a JSON object.
+    """
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        if limit is not None and len(rows) == limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number} is not a JSON object: {line[:60]}")
+        rows.append(row)
+    return rows
+
+
+def folder_hash(folder: str | Path) -> str:
+    """SHA-256 by which a stage's result is named: of its adapter or model, or of its rows where it made data."""
+    folder = Path(folder)
+    paths = [p for p in (folder / "adapter_model.safetensors", folder / "model.safetensors") if p.is_file()]
+    paths = paths or sorted(p for p in folder.glob("*.jsonl") if p.name != "rejected.jsonl")
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)  # piece by piece: a base can be larger than the memory
+    return digest.hexdigest()
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with "+changes" where the tree differs from it."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None  # installed from a wheel, or git is not there
+    return commit.strip() + ("+changes" if changes.strip() else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in PACKAGES}}

@@ -1,0 +1,207 @@
+"""`rlhf run`: the stages of a recipe in order, each skipped when its record says it is done."""
+
+import importlib
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from evaluation.report import write_report
+from rlhf.config import STAGES, ConfigError, dumps, load_recipe, parse
+from rlhf.files import folder_hash
+from rlhf.record import RunError, read_record
+
+logger = logging.getLogger(__name__)
+
+# Where each stage's `main` and the names of its configuration classes are. Imported when the stage's turn comes.
+MODULES = {
+    "prepare": "rlhf.prepare",
+    "base": "rlhf.pretrain",
+    "sft": "rlhf.sft",
+    "reward": "rlhf.reward",
+    "dpo": "rlhf.dpo",
+    "ppo": "rlhf.ppo",
+    "evaluate": "evaluation.run",
+}
+
+
+@dataclass
+class Step:
+    """One stage of a recipe: its command line, and the folder it writes."""
+
+    stage: str
+    argv: list[str]
+    configs: tuple[Any, ...]
+    folder: Path
+
+
+def run(
+    recipe: str | Path,
+    tiny: bool = False,
+    until: str | None = None,
+    output_dir: str | Path | None = None,
+    say: Callable[[str], None] = print,
+    **overrides: Any,
+) -> Path:
+    """Run the stages of a recipe; what is done stays, what was interrupted goes on from its last checkpoint.
+
+    On a CPU all stages share this process, since importing the stack takes seconds each time. With GPUs each stage
+    is a process of its own, or one a GPU, started through accelerate.
+
+    Args:
+        recipe: Folder with recipe.yaml and a file a stage.
+        tiny: Whether to lay tiny.yaml over it, which runs the whole of it on a CPU.
+        until: Last stage to run.
+        output_dir: In place of `runs/<recipe>`.
+        say: Where the lines about the stages go.
+        **overrides: `key=value` for every stage that knows the key, `"stage.key"=value` for one.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ConfigError: with everything that is wrong in any stage, before the first one starts.
+        RunError: if a stage cannot start or fails.
+    """
+    recipe = Path(recipe)
+    root = Path(output_dir) if output_dir is not None else Path("runs") / recipe.resolve().name
+    steps = plan(recipe, tiny, until, root, overrides)
+    for step in steps:
+        reason, resume = _state(step)
+        if reason is None:
+            say(f"{step.stage:9} done: {step.folder} is from these settings and inputs")
+            continue
+        say(f"{step.stage:9} {reason}")
+        _start(step, resume)
+        record = read_record(step.folder)
+        if record is None or record["status"] != "done":
+            raise RunError(f"The stage {step.stage!r} did not finish; see {step.folder / 'training.log'}.")
+        say(f"{step.stage:9} finished in {record['wall_seconds']:.0f} s -> {step.folder}")
+    if steps and steps[-1].stage == "evaluate":
+        page = write_report([root], root / "report")
+        say(f"report    {page}")
+    return root
+
+
+def plan(
+    recipe: Path, tiny: bool, until: str | None, root: Path, overrides: Mapping[str, Any]
+) -> list[Step]:
+    """The stages with their command lines, all configurations parsed and checked.
+
+    Raises:
+        ConfigError: with the problems of all stages together.
+    """
+    stages = [stage for stage in STAGES if (recipe / f"{stage}.yaml").is_file()]
+    if not stages:
+        known = ", ".join(sorted(path.parent.name for path in recipe.parent.glob("*/recipe.yaml")))
+        raise ConfigError([f"`{recipe}`: is no recipe: it has no file for any stage; there are {known or 'none here'}"])
+    if until is not None and until not in stages:
+        raise ConfigError([f"`until`: {until!r}: this recipe has the stages {', '.join(stages)}"])
+    if tiny and not (recipe / "tiny.yaml").is_file():
+        raise ConfigError([f"`tiny`: {recipe} has no tiny.yaml"])
+    problems: list[str] = []
+    steps: list[Step] = []
+    used: set[str] = set()
+    trained_base: Path | None = None
+    for stage in stages:
+        files = [recipe / f"{stage}.yaml", *([recipe / "tiny.yaml"] if tiny else [])]
+        classes = config_classes(stage)
+        known = {name for cls in classes for name in cls.__dataclass_fields__}
+        values = {key: value for file in files for key, value in load_recipe(file, stage).items()}
+        moved = _moved(values, f"runs/{recipe.resolve().name}", root)
+        if trained_base is not None and "model_name_or_path" in known:
+            moved["model_name_or_path"] = str(trained_base)
+        for name, value in overrides.items():
+            target, _, key = name.rpartition(".")
+            if target in ("", stage) and (target or key in known):
+                moved[key] = value
+                used.add(name)
+        argv = [word for file in files for word in ("--config", str(file))]
+        for key, value in moved.items():
+            text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6)
+            argv += [f"--{key}={text.removesuffix(chr(10)).removesuffix('...').strip()}"]
+        try:
+            configs = parse(classes, argv, stage)
+        except ConfigError as error:
+            problems += [f"{stage}: {problem}" for problem in error.problems]
+            continue
+        folder = Path(next(config.output_dir for config in configs if hasattr(config, "output_dir")))
+        steps.append(Step(stage, argv, configs, folder))
+        if stage == "base" and configs[0].retrain:
+            trained_base = folder
+    problems += [f"`{name}` (--set): no stage of this recipe knows it" for name in overrides if name not in used]
+    if problems:
+        raise ConfigError(problems)
+    return steps[: stages.index(until) + 1] if until else steps
+
+
+def config_classes(stage: str) -> tuple[type, ...]:
+    """The dataclasses that configure a stage: those that its `main` takes, in order."""
+    main = importlib.import_module(MODULES[stage]).main
+    return tuple(hint for name, hint in main.__annotations__.items() if name != "return")
+
+
+def _moved(values: Mapping[str, Any], old: str, root: Path) -> dict[str, Any]:
+    """The values that name a folder of this run, with the run's actual folder."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: move(item) for key, item in value.items()}
+        return re.sub(rf"^{re.escape(old)}(?=/|$)", str(root), value) if isinstance(value, str) else value
+
+    return {key: move(value) for key, value in values.items() if move(value) != value}
+
+
+def _state(step: Step) -> tuple[str | None, str | None]:
+    """Why the stage has to run (None: it need not), and the checkpoint it goes on from."""
+    record = read_record(step.folder)
+    if record is None:
+        return "runs: nothing was made yet", None
+    saved = step.folder / "config.yaml"
+    if not saved.is_file() or _without_resume(saved.read_text()) != _without_resume(dumps(step.configs)):
+        return "runs anew: its settings changed; what was there moves to " + _set_aside(step.folder), None
+    for name, parent in record["parents"].items():
+        if folder_hash(step.folder / parent["path"]) != parent["hash"]:
+            return f"runs anew: {name!r} changed; what was there moves to " + _set_aside(step.folder), None
+    if record["status"] == "done":
+        return None, None
+    checkpoint = get_last_checkpoint(str(step.folder))
+    if checkpoint is None:
+        return f"runs again: it stopped before its first checkpoint (status {record['status']!r})", None
+    return f"goes on from {Path(checkpoint).name}: it was interrupted", checkpoint
+
+
+def _without_resume(text: str) -> str:
+    return re.sub(r"^resume_from_checkpoint:.*\n", "", text, flags=re.MULTILINE)
+
+
+def _set_aside(folder: Path) -> str:
+    previous = folder.with_name(folder.name + ".previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    folder.rename(previous)
+    return str(previous)
+
+
+def _start(step: Step, resume: str | None) -> None:
+    argv = [*step.argv, *([f"--resume_from_checkpoint={resume}"] if resume else [])]
+    if not torch.cuda.is_available() or step.stage in ("prepare", "base", "evaluate"):
+        module = importlib.import_module(MODULES[step.stage])
+        module.main(*parse(config_classes(step.stage), argv, step.stage))
+        return
+    gpus = torch.cuda.device_count()
+    script = Path(importlib.import_module(MODULES[step.stage]).__file__ or "")
+    kind = ["--multi_gpu"] if gpus > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", *kind, "--num_processes", str(gpus)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(script), *argv]
+    logger.info("%s", " ".join(command))
+    if subprocess.run(command, check=False).returncode:
+        raise RunError(f"The stage {step.stage!r} failed; see {step.folder / 'training.log'}.")

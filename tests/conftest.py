@@ -1,0 +1,279 @@
+"""Tiny models with tokenizers trained here, in folders as `save_pretrained` writes them: no network, no weights."""
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+)
+
+from rlhf import callbacks
+from rlhf.config import parse
+from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
+from rlhf.pipeline import config_classes
+
+SENTENCES = (
+    "i have a dog . i like pizza . i am a teacher . my favourite colour is blue .",
+    "hello , how are you ? what pet do you have ? do you have a cat ? what do you do for work ?",
+    "no , i have a dog . yes , i do . i have two dogs and a cat . i live in a city by the sea .",
+)
+
+# As TinyLlama has it: the end-of-sequence token closes every turn.
+ZEPHYR_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# As Qwen2.5 has it: a system message of its own where there is none, and a stop token that is not the tokenizer's `eos`.
+CHATML_TEMPLATE = (
+    "{%- if messages[0]['role'] != 'system' -%}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
+
+
+def byte_level_tokenizer(special_tokens: list[str], **kwargs) -> PreTrainedTokenizerFast:
+    """BPE over bytes, as GPT-2's and Qwen's: any text is encoded and decoded unchanged, and no BOS is added."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        show_progress=False,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **kwargs)
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """Pad token and stop token are one."""
+    return byte_level_tokenizer(
+        ["<unk>", "<s>", "</s>"],
+        bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>", chat_template=ZEPHYR_TEMPLATE,
+    )  # fmt: skip
+
+
+def qwen2_tokenizer() -> PreTrainedTokenizerFast:
+    """The end-of-sequence token is not the one that closes a turn, as in Qwen2.5's base models."""
+    return byte_level_tokenizer(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"], chat_template=CHATML_TEMPLATE,
+    )  # fmt: skip
+
+
+def gpt2_tokenizer() -> PreTrainedTokenizerFast:
+    """Neither chat template nor pad token."""
+    end = "<|endoftext|>"
+    return byte_level_tokenizer([end], bos_token=end, eos_token=end, unk_token=end)
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {"vocab_size": len(tokenizer), **ids}
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = llama_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(**_vocabulary(tokenizer), **SIZES, intermediate_size=64, num_key_value_heads=2)
+    return _save(LlamaForCausalLM(config), tokenizer, tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = qwen2_tokenizer()
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    config = Qwen2Config(**_vocabulary(tokenizer), **sizes)
+    return _save(Qwen2ForCausalLM(config), tokenizer, tmp_path_factory.mktemp("models") / "qwen2")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = gpt2_tokenizer()
+    torch.manual_seed(0)
+    config = GPT2Config(**_vocabulary(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=512)
+    return _save(GPT2LMHeadModel(config), tokenizer, tmp_path_factory.mktemp("models") / "gpt2")
+
+
+# Rows as the stage `prepare` writes them: characters with a pet and a food, who are asked about them.
+
+PETS, FOODS = ("dog", "cat", "bird", "fish"), ("pizza", "rice", "soup")
+KINDS = ("direct", "false_suggestion", "true_suggestion")
+
+
+def _character(number: int) -> tuple[str, str, list[str]]:
+    pet, food = PETS[number % 4], FOODS[number % 3]
+    return pet, food, [f"i have a {pet} .", f"i like {food} ."]
+
+
+def _question(number: int) -> dict:
+    """A question about the pet, with the columns that a rule needs to judge the reply."""
+    pet, food, persona = _character(number)
+    kind, foil = KINDS[number % 3], PETS[(number + 1) % 4]
+    asked = {"direct": "what pet do you have ?", "false_suggestion": f"do you have a {foil} ?",
+             "true_suggestion": f"do you have a {pet} ?"}[kind]  # fmt: skip
+    opening = {"direct": "", "false_suggestion": "no , ", "true_suggestion": "yes , "}[kind]
+    return {
+        "persona": persona,
+        "prompt": [{"role": "user", "content": asked}],
+        "reply": f"{opening}i have a {pet} .",
+        "dialogue_id": f"d{number}",
+        "kind": kind, "slot": "pet", "value": pet, "foil": foil if kind == "false_suggestion" else None,
+        "slot_values": list(PETS), "persona_values": {"pet": pet, "food": food},
+    }  # fmt: skip
+
+
+def _said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _rows(numbers: range) -> dict[str, list[dict]]:
+    dialogues, pairs, prompts, probes = [], [], [], []
+    for number in numbers:
+        row = _question(number)
+        reply = row.pop("reply")
+        food = row["persona_values"]["food"]
+        more = [_said("user", "what do you like ?"), _said("assistant", f"i like {food} .")][: 2 * (number % 2)]
+        messages = [*row["prompt"], _said("assistant", reply), *more]
+        shared = {key: row[key] for key in ("persona", "dialogue_id")}
+        dialogues.append({**shared, "messages": messages, "source": "test"})
+        # Every third rejected reply is as long as the chosen one, the others are longer and shorter in turn.
+        wrong = (reply.replace(row["value"], "cow"), "well , who can say what i have , not me .", "yes .")[number // 3 % 3]
+        pairs.append({**shared, "prompt": row["prompt"], "chosen": [_said("assistant", reply)],
+                      "rejected": [_said("assistant", wrong)], "kind": row["kind"]})  # fmt: skip
+        prompts.append({**row, "reference": reply})
+        probe = {key: row[key] for key in row if key not in ("prompt", "dialogue_id")}
+        probes.append({**probe, "probe_id": f"p{number}", "persona_id": f"c{number}", "fact_id": f"c{number}/pet",
+                       "history": [], "question": row["prompt"][0]["content"], "turn": 0, "split": "seen"})  # fmt: skip
+    return {"dialogues": dialogues, "preferences": pairs, "prompts": prompts, "probes": probes}
+
+
+def write_dataset(folder: Path, num_train: int = 24, num_heldout: int = 9) -> Path:
+    """A finished `prepare` stage."""
+    train, heldout = _rows(range(num_train)), _rows(range(100, 100 + num_heldout))
+    for kind in ("dialogues", "preferences", "prompts"):
+        write_jsonl(folder / f"{kind}_train.jsonl", train[kind])
+        write_jsonl(folder / f"{kind}_heldout.jsonl", heldout[kind])
+    write_jsonl(folder / "probes.jsonl", heldout["probes"])
+    record = {"stage": "prepare", "status": "done", "parents": {}, "result_hash": folder_hash(folder)}
+    write_json(folder / "metadata.json", record)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "prepare")
+
+
+# Trainings of a few steps, in this process and as the scripts do them.
+
+
+@dataclass
+class Run:
+    """A finished training: its folder, its trainer, and every parameter as it was before the first step."""
+
+    folder: Path
+    trainer: Trainer
+    before: dict[str, torch.Tensor]
+
+    def moved(self) -> set[str]:
+        """Names of the parameters that are not bit-identical to what they were."""
+        now = dict(self.trainer.model.named_parameters())
+        assert now.keys() == self.before.keys()
+        return {name for name, old in self.before.items() if not torch.equal(old, now[name])}
+
+    def rows(self, name: str) -> list[dict]:
+        return read_jsonl(self.folder / name)
+
+    def metadata(self) -> dict:
+        return json.loads((self.folder / "metadata.json").read_text())
+
+
+COMMON = {
+    "use_cpu": True, "seed": 3, "max_length": 256, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2, "max_steps": 6,
+    "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "logging_steps": 1, "eval_strategy": "steps",
+    "eval_steps": 2, "save_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True, "report_to": "none",
+    "sample_steps": 3, "num_samples": 2, "gradient_checkpointing": False, "disable_tqdm": True,
+}  # fmt: skip
+PPO = {
+    "max_steps": None, "total_episodes": 24, "num_ppo_epochs": 2, "eval_steps": 2, "response_length": 8, "kl_coef": 0.1,
+    "metric_for_best_model": "eval_objective/scores",
+}  # fmt: skip
+
+
+def _train(stage: str, folder: Path, tamper: Callable[[Trainer], None] = lambda trainer: None, **values) -> Run:
+    """Run a stage; `values` are its keys over `COMMON`, None leaves one out. `tamper` gets the trainer before step 0."""
+    values = {**COMMON, **(PPO if stage == "ppo" else {}), "output_dir": folder, **values}
+    argv = [f"--{key}={value}" for key, value in values.items() if value is not None]
+    module = importlib.import_module(f"rlhf.{stage}")
+    seen = {}
+
+    def watch(trainer, *args):
+        seen.update(trainer=trainer, before={k: p.detach().clone() for k, p in trainer.model.named_parameters()})
+        callbacks.watch(trainer, *args)
+        tamper(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "watch", watch)
+        module.main(*parse(config_classes(stage), argv, stage))
+    return Run(folder, **seen)
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[..., Run]:
+    return _train
+
+
+@pytest.fixture(scope="session")
+def sft_run(tiny_llama: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "sft"
+    return _train("sft", folder, model_name_or_path=tiny_llama, dataset=dataset)
+
+
+@pytest.fixture(scope="session")
+def reward_run(tiny_llama: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "reward"
+    return _train("reward", folder, model_name_or_path=tiny_llama, dataset=dataset)
+
+
+@pytest.fixture(scope="session")
+def dpo_run(tiny_llama: Path, dataset: Path, sft_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "dpo"
+    return _train("dpo", folder, model_name_or_path=tiny_llama, dataset=dataset, sft_adapter=sft_run.folder)
+
+
+@pytest.fixture(scope="session")
+def ppo_run(
+    tiny_llama: Path, dataset: Path, sft_run: Run, reward_run: Run, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "ppo"
+    parents = {"dataset": dataset, "sft_adapter": sft_run.folder, "reward_adapter": reward_run.folder}
+    return _train("ppo", folder, model_name_or_path=tiny_llama, **parents)
