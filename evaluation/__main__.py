@@ -25,7 +25,9 @@ def make_parser() -> argparse.ArgumentParser:
     scorer.set_defaults(command=score)
 
     runner = commands.add_parser(
-        "run", help="generate, probe and score: --config recipes/<name>/evaluate.yaml [--key value ...]", add_help=False
+        "run",
+        help="generate, probe and score: --config recipes/<name>/evaluate.yaml [--key value ...]",
+        add_help=False,
     )
     runner.set_defaults(command=_run)
 

@@ -73,7 +73,7 @@ def plain_interval(score: Score) -> str:
 
 
 def span(numbers: Iterable[int | None]) -> str:
-    """"800", or "400 to 800" where they differ."""
+    """ "800", or "400 to 800" where they differ."""
     known = sorted({number for number in numbers if number is not None})
     return "–" if not known else f"{known[0]:,}" if len(known) == 1 else f"{known[0]:,} to {known[-1]:,}"
 

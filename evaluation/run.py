@@ -1,10 +1,11 @@
 """Generate, probe and score: one results folder a system, from one base and the adapters on it.
 
-    python -m evaluation run --config recipes/<name>/evaluate.yaml
+python -m evaluation run --config recipes/<name>/evaluate.yaml
 """
 
 import contextlib
 import logging
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -46,6 +47,9 @@ class EvaluateConfig:
     reference_system: str = field(default="sft", metadata={"help": "What the KL of the others is measured against."})
     max_dialogues: int | None = field(default=None, metadata={"help": "Held-out dialogues.", "range": "[1, inf)"})
     max_personas: int | None = field(default=None, metadata={"help": "Personas probed.", "range": "[1, inf)"})
+    max_facts: int | None = field(
+        default=None, metadata={"help": "Facts probed of a persona, drawn by the seed.", "range": "[1, inf)"}
+    )
     max_new_tokens: int = field(default=32, metadata={"help": "Longest reply.", "range": "[1, inf)"})
     max_length: int = field(default=1024, metadata={"help": "Longest prompt; older turns are dropped."})
     temperature: float = field(default=1.0, metadata={"help": "Of the sampled decoding; the other one is greedy."})
@@ -67,7 +71,7 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
         # Data
         dataset = Path(args.dataset)
         dialogues = read_jsonl(dataset / "dialogues_heldout.jsonl", args.max_dialogues)
-        probes = _probes(dataset / "probes.jsonl", args.max_personas)
+        probes = _probes(dataset / "probes.jsonl", args)
         logger.info("%d dialogues, %d probes", len(dialogues), len(probes))
 
         # Base and adapters
@@ -83,21 +87,21 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
             )  # fmt: skip
 
         # Systems
-        for name, path in args.systems.items():
+        for name, folder in args.systems.items():
             logger.info("evaluating %s", name)
             if name in FIXED:
                 rows = _fixed_rows(name, dialogues, probes)
                 results = _results(rows, args)
             else:
-                with _active(model, name if path is not None else None):
+                with _active(model, name if folder is not None else None):
                     rows = _model_rows(dialogues, probes, reply_with, args)
                     results = _results(rows, args)
                     _add_perplexity(results, model, tokenizer, dialogues, args)
                     _add_kl(results, model, tokenizer, rows, name, args)
             results["run"] |= {
                 "system": name,
-                "adapter": path,
-                "adapter_hash": folder_hash(Path(path)) if path else None,
+                "adapter": folder,
+                "adapter_hash": folder_hash(Path(folder)) if folder else None,
                 "base": model_args.model_name_or_path,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "git_commit": git_commit(),
@@ -106,22 +110,29 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
                 "decoding": {"greedy": {}, "sampled": {"temperature": args.temperature, "top_k": 0, "top_p": 1.0}},
                 "max_new_tokens": args.max_new_tokens,
             }
-            folder = Path(args.output_dir) / name
-            write_jsonl(folder / "replies.jsonl", rows)
-            write_json(folder / "results.json", results)
+            write_jsonl(Path(args.output_dir) / name / "replies.jsonl", rows)
+            write_json(Path(args.output_dir) / name / "results.json", results)
             for metric in ("persona_consistency", "persona_consistency_sampled", "perplexity_token"):
                 if metric in results["metrics"]:
                     row = results["metrics"][metric]
                     logger.info("%s %s %.3f [%.3f, %.3f]", name, metric, row["value"], row["ci_low"], row["ci_high"])
 
 
-def _probes(path: Path, max_personas: int | None) -> list[Row]:
-    """The probes of the first personas; none where the data knows no probes, as real dialogues."""
+def _probes(path: Path, args: EvaluateConfig) -> list[Row]:
+    """The probes of the first personas, and of some of their facts; none where the data has no probes."""
     if not path.is_file():
         return []
     rows = read_jsonl(path)
-    personas = list(dict.fromkeys(row["persona_id"] for row in rows))[:max_personas]
-    return [row for row in rows if row["persona_id"] in set(personas)]
+    facts: dict[str, list[str]] = {}
+    for row in rows:
+        known = facts.setdefault(row["persona_id"], [])
+        if row["fact_id"] not in known:
+            known.append(row["fact_id"])
+    chosen = set()
+    for persona in list(facts)[: args.max_personas]:
+        number = min(args.max_facts or len(facts[persona]), len(facts[persona]))
+        chosen.update(random.Random(f"{args.seed}/{persona}").sample(facts[persona], number))
+    return [row for row in rows if row["fact_id"] in chosen]
 
 
 def _active(model: Any, name: str | None) -> contextlib.AbstractContextManager[None]:
@@ -129,10 +140,15 @@ def _active(model: Any, name: str | None) -> contextlib.AbstractContextManager[N
 
 
 def _model_rows(
-    dialogues: Sequence[Row], probes: Sequence[Row], reply_with: Callable[[Any, float], list[str]], args: EvaluateConfig
+    dialogues: Sequence[Row],
+    probes: Sequence[Row],
+    reply_with: Callable[[Any, float], list[str]],
+    args: EvaluateConfig,
 ) -> list[Row]:
     """The last reply of each dialogue, greedy, and the reply to each probe, greedy and sampled."""
-    asked = [with_persona({"persona": p["persona"], "messages": [*p["history"], _user(p["question"])]}) for p in probes]
+    asked = [
+        with_persona({"persona": p["persona"], "messages": [*p["history"], _user(p["question"])]}) for p in probes
+    ]
     rows = _dialogue_rows(dialogues, reply_with([with_persona(row)[:-1] for row in dialogues], 0.0))
     if probes:
         for decoding, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
@@ -236,7 +252,9 @@ def _add_kl(results: Row, model: Any, tokenizer: Any, rows: Sequence[Row], name:
     for row in sampled:
         turns = [*row["history"], _user(row["question"]), {"role": "assistant", "content": row["response"]}]
         rendered = render(with_persona({"persona": row["persona"], "messages": turns}), tokenizer)
-        last = len(render(with_persona({"persona": row["persona"], "messages": turns[:-1]}), tokenizer, True)["input_ids"])
+        last = len(
+            render(with_persona({"persona": row["persona"], "messages": turns[:-1]}), tokenizer, True)["input_ids"]
+        )
         ids.append(rendered["input_ids"])
         masks.append([0] * last + rendered["assistant_mask"][last:])
     own = reply_nll(model, ids, masks, args.batch_size)

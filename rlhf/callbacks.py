@@ -119,7 +119,7 @@ class PrecisionGuard(TrainerCallback):
         }
         if wrong:
             raise TypeError(
-                f"{len(wrong)} trainable parameters are not float32, for example {sorted(wrong)[0]}. Call "
+                f"{len(wrong)} trainable parameters are not float32, for example {min(wrong)}. Call "
                 "`rlhf.model.trainable_to_fp32(model)` after the trainer is built and after every load."
             )
 
@@ -130,7 +130,9 @@ class RanksAgree(TrainerCallback):
     (https://github.com/jingyaogong/minimind/issues/853)
     """
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+    ) -> None:
         self._compare(model)
 
     def on_train_end(
@@ -142,7 +144,7 @@ class RanksAgree(TrainerCallback):
         digest = hashlib.sha256()
         for _, parameter in sorted(model.named_parameters()):
             if parameter.requires_grad:
-                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         digests = gather_object([digest.hexdigest()[:16]])
         logger.info("hash of the trainable weights, by rank: %s", " ".join(digests))
         if len(set(digests)) > 1:

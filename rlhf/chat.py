@@ -80,6 +80,8 @@ def render(
 ) -> Rendered:
     """Token ids of a dialogue, with a mask over the assistant's replies and their stop tokens.
 
+    The very first message is never a reply, whoever speaks it.
+
     Args:
         messages: Turns with `role` (system, user, assistant) and `content`.
         tokenizer: A tokenizer that went through [`prepare_tokenizer`].
@@ -104,8 +106,8 @@ def render(
         text += piece
 
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+        if message["role"] != "assistant" or index == 0:
+            continue  # with neither persona nor question before it, an opening line answers nothing: it is context
         prompt = _template(tokenizer, messages[:index], add_generation_prompt=True)
         whole = _template(tokenizer, messages[: index + 1])
         if not (prompt.startswith(text) and whole.startswith(prompt)):
@@ -127,7 +129,10 @@ def render(
 
 
 def render_within(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, max_length: int, add_generation_prompt: bool = False
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    add_generation_prompt: bool = False,
 ) -> tuple[Rendered, int]:
     """[`render`], with whole exchanges dropped from the oldest on until the ids fit into `max_length`.
 

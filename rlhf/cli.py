@@ -1,7 +1,6 @@
 """The command `rlhf`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,9 @@ def _chat(arguments: argparse.Namespace) -> None:
 
     record = read_record(arguments.adapter)
     if record is None or "model_name_or_path" not in record:
-        raise RunError(f"{arguments.adapter} is no run of a training stage: it has no metadata.json that names a base.")
+        raise RunError(
+            f"{arguments.adapter} is no run of a training stage: it has no metadata.json that names a base."
+        )
     tokenizer = load_tokenizer(record["model_name_or_path"])
     model = load_base(ModelConfig(model_name_or_path=record["model_name_or_path"]), tokenizer)
     model = with_adapter(model, arguments.adapter, "default")
@@ -105,4 +106,4 @@ def _ask() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -168,6 +168,18 @@ class DataConfig:
     num_samples: int = dataclasses.field(default=4, metadata={"range": "[1, inf)"})
 
 
+@dataclasses.dataclass
+class PairConfig:
+    """How preference pairs are used.
+
+    Attributes:
+        swapped_share: share of the training pairs whose chosen and rejected replies change places, at random; with
+            0.5 the labels hold no information, and nothing may be learned from them: a control.
+    """
+
+    swapped_share: float = dataclasses.field(default=0.0, metadata={"range": "[0, 1]"})
+
+
 @dataclasses.dataclass(frozen=True)
 class _Given:
     """A value as the user wrote it: `where` is "file:line" or "command line"; `folder` is its file's, None for the latter."""

@@ -1,6 +1,6 @@
 """Direct preference optimisation of the SFT adapter, with TRL's DPOTrainer.
 
-    accelerate launch --config_file accelerate_configs/two_t4.yaml rlhf/dpo.py --config recipes/persona-chat/dpo.yaml
+accelerate launch --config_file accelerate_configs/two_t4.yaml rlhf/dpo.py --config recipes/persona-chat/dpo.yaml
 """
 
 import math
@@ -12,8 +12,8 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from rlhf.callbacks import watch
-from rlhf.config import DataConfig
-from rlhf.data.columns import load_rows, preference_columns
+from rlhf.config import DataConfig, PairConfig
+from rlhf.data.columns import load_rows, preference_columns, swap_labels
 from rlhf.files import folder_hash
 from rlhf.generate import generate
 from rlhf.lora import save_adapter, trainable_parameters, with_adapter
@@ -35,7 +35,9 @@ class PersonaDPOTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # TRL's own would render the text again, by other rules
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.state.global_step == 0 and self.model.training:
             margin = self._metrics["train"]["rewards/margins"][-1]
@@ -55,13 +57,19 @@ class PersonaDPOTrainer(DPOTrainer):
         super().log(logs, start_time)
 
 
-def main(data_args: DataConfig, parents: ParentConfig, training_args: DPOConfig, model_args: ModelConfig) -> None:
+def main(
+    data_args: DataConfig,
+    pair_args: PairConfig,
+    parents: ParentConfig,
+    training_args: DPOConfig,
+    model_args: ModelConfig,
+) -> None:
     """Train one adapter; everything it makes lies in `output_dir`."""
     check_world_size(training_args)
     with stage(
         "dpo",
         training_args.output_dir,
-        (data_args, parents, training_args, model_args),
+        (data_args, pair_args, parents, training_args, model_args),
         seed=training_args.seed,
         log_level=training_args.log_level,
         parents={"prepare": data_args.dataset, "sft": parents.sft_adapter},
@@ -73,6 +81,7 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: DPOConfig,
         # Data
         dataset = Path(data_args.dataset)
         train_rows = load_rows(dataset / "preferences_train.jsonl", data_args.max_train_rows)
+        train_rows = swap_labels(train_rows, pair_args.swapped_share, training_args.seed)
         eval_rows = load_rows(dataset / "preferences_heldout.jsonl", data_args.max_eval_rows)
 
         # Trainer
@@ -110,4 +119,4 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: DPOConfig,
 
 
 if __name__ == "__main__":
-    launch(main, (DataConfig, ParentConfig, DPOConfig, ModelConfig), "dpo")
+    launch(main, (DataConfig, PairConfig, ParentConfig, DPOConfig, ModelConfig), "dpo")

@@ -28,7 +28,9 @@ def generation_config(
     )
 
 
-def left_pad(ids: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def left_pad(
+    ids: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Ids `(batch, longest)` padded on the left, and their attention mask."""
     width = max(map(len, ids))
     input_ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in ids], device=device)
@@ -45,9 +47,7 @@ def response_mask(responses: Tensor, stop_token_id: int) -> Tensor:
     return (stops.cumsum(dim=1) - stops == 0).long()
 
 
-def sample_ids(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig
-) -> Tensor:
+def sample_ids(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig) -> Tensor:
     """Replies to left-padded prompts, `(batch, at most max_new_tokens)`; behind a stop token stands the pad token."""
     output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
     return output[:, input_ids.shape[1] :]

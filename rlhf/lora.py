@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from transformers import PreTrainedModel
 from trl import ModelConfig
 

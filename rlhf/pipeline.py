@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -76,25 +76,33 @@ def run(
     root = Path(output_dir) if output_dir is not None else Path("runs") / recipe.resolve().name
     steps = plan(recipe, tiny, until, root, overrides)
     for step in steps:
-        reason, resume = _state(step)
-        if reason is None:
-            say(f"{step.stage:9} done: {step.folder} is from these settings and inputs")
-            continue
-        say(f"{step.stage:9} {reason}")
-        _start(step, resume)
-        record = read_record(step.folder)
-        if record is None or record["status"] != "done":
-            raise RunError(f"The stage {step.stage!r} did not finish; see {step.folder / 'training.log'}.")
-        say(f"{step.stage:9} finished in {record['wall_seconds']:.0f} s -> {step.folder}")
+        run_step(step, say)
     if steps and steps[-1].stage == "evaluate":
         page = write_report([root], root / "report")
         say(f"report    {page}")
     return root
 
 
-def plan(
-    recipe: Path, tiny: bool, until: str | None, root: Path, overrides: Mapping[str, Any]
-) -> list[Step]:
+def run_step(step: Step, say: Callable[[str], None] = print) -> None:
+    """Run one stage if it has to be run, and say why.
+
+    Raises:
+        RunError: if it cannot start or does not finish.
+    """
+    name = step.folder.name
+    reason, resume = _state(step)
+    if reason is None:
+        say(f"{name:9} done: {step.folder} is from these settings and inputs")
+        return
+    say(f"{name:9} {reason}")
+    _start(step, resume)
+    record = read_record(step.folder)
+    if record is None or record["status"] != "done":
+        raise RunError(f"The stage {step.stage!r} did not finish; see {step.folder / 'training.log'}.")
+    say(f"{name:9} finished in {record['wall_seconds']:.0f} s -> {step.folder}")
+
+
+def plan(recipe: Path, tiny: bool, until: str | None, root: Path, overrides: Mapping[str, Any]) -> list[Step]:
     """The stages with their command lines, all configurations parsed and checked.
 
     Raises:
@@ -102,8 +110,10 @@ def plan(
     """
     stages = [stage for stage in STAGES if (recipe / f"{stage}.yaml").is_file()]
     if not stages:
-        known = ", ".join(sorted(path.parent.name for path in recipe.parent.glob("*/recipe.yaml")))
-        raise ConfigError([f"`{recipe}`: is no recipe: it has no file for any stage; there are {known or 'none here'}"])
+        there = ", ".join(sorted(path.parent.name for path in recipe.parent.glob("*/recipe.yaml")))
+        raise ConfigError(
+            [f"`{recipe}`: is no recipe: it has no file for any stage; there are {there or 'none here'}"]
+        )
     if until is not None and until not in stages:
         raise ConfigError([f"`until`: {until!r}: this recipe has the stages {', '.join(stages)}"])
     if tiny and not (recipe / "tiny.yaml").is_file():
@@ -115,7 +125,7 @@ def plan(
     for stage in stages:
         files = [recipe / f"{stage}.yaml", *([recipe / "tiny.yaml"] if tiny else [])]
         classes = config_classes(stage)
-        known = {name for cls in classes for name in cls.__dataclass_fields__}
+        known = {field.name for cls in classes for field in fields(cls)}
         values = {key: value for file in files for key, value in load_recipe(file, stage).items()}
         moved = _moved(values, f"runs/{recipe.resolve().name}", root)
         if trained_base is not None and "model_name_or_path" in known:

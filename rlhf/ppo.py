@@ -1,6 +1,6 @@
 """Proximal policy optimisation of the SFT adapter against a reward, with our PPOTrainer.
 
-    accelerate launch --config_file accelerate_configs/two_t4.yaml rlhf/ppo.py --config recipes/persona-chat/ppo.yaml
+accelerate launch --config_file accelerate_configs/two_t4.yaml rlhf/ppo.py --config recipes/persona-chat/ppo.yaml
 """
 
 from dataclasses import dataclass, field

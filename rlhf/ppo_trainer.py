@@ -25,7 +25,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
 
 from rlhf.generate import generation_config, inference, left_pad, response_mask, sample_ids
 from rlhf.lora import set_trainable, use_adapter
@@ -186,7 +193,9 @@ class _RolloutLoader(DataLoader):
     """A DataLoader that hands the epoch on to its batch sampler."""
 
     def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
+        sampler = self.batch_sampler
+        assert isinstance(sampler, RolloutSampler)
+        sampler.set_epoch(epoch)
 
 
 class PPOTrainer(Trainer):
@@ -356,7 +365,9 @@ class PPOTrainer(Trainer):
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs  # the rollout is on the device already
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Rollout], return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Rollout], return_outputs=False, num_items_in_batch=None
+    ):
         """Clipped policy loss plus `vf_coef` times the critic's, over the tokens of the whole minibatch."""
         args, batch = self.args, inputs["batch"]
         tokens = batch.mask[:, 1:]
@@ -429,7 +440,7 @@ class PPOTrainer(Trainer):
                 metrics[f"{metric_key_prefix}_loss"] = (nll[0] / nll[1]).item()
                 metrics[f"{metric_key_prefix}_perplexity"] = math.exp(metrics[f"{metric_key_prefix}_loss"])
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _reference_nll(self, rows: list[dict[str, Any]]) -> Tensor:
@@ -471,11 +482,12 @@ class PPOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        model = self.accelerator.unwrap_model(model or self.model)
-        model.get_base_model().value_head.load_state_dict(load_file(Path(resume_from_checkpoint) / VALUE_HEAD_FILE))
-        set_trainable(model, "default")
-        model.get_base_model().value_head.requires_grad_(True)
-        trainable_to_fp32(model)
+        policy: PeftModel = self.accelerator.unwrap_model(model or self.model)
+        value_head = policy.get_base_model().value_head
+        value_head.load_state_dict(load_file(Path(resume_from_checkpoint) / VALUE_HEAD_FILE))
+        set_trainable(policy, "default")
+        value_head.requires_grad_(True)
+        trainable_to_fp32(policy)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)

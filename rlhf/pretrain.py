@@ -60,7 +60,8 @@ class PretrainConfig:
     num_hidden_layers: int = field(default=4, metadata={"help": "Depth."})
     num_attention_heads: int = field(default=4, metadata={"help": "Attention heads."})
     initializer_range: float = field(
-        default=0.08, metadata={"help": "Standard deviation of initial weights; with 0.02 look-up is learned much later."}
+        default=0.08,
+        metadata={"help": "Standard deviation of initial weights; with 0.02 look-up is learned much later."},
     )
     matching_heads: int = field(
         default=2,

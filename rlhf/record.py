@@ -143,7 +143,10 @@ def model_card(record: Mapping[str, Any]) -> str:
         f"`{record['stage']}`, which ended as {record['status']!r} on {record['finished']}.",
         "",
         f"- Data: {record.get('num_examples', 0):,} rows of {data.get('path')}, hash {data.get('hash', '')[:16]}",
-        *(f"- Made from `{name}`: {link['path']}, hash {link['hash'][:16]}" for name, link in record["parents"].items()),
+        *(
+            f"- Made from `{name}`: {link['path']}, hash {link['hash'][:16]}"
+            for name, link in record["parents"].items()
+        ),
         f"- Seed {record['seed']}, {record['wall_seconds']:.0f} s on {record['hardware']['gpus'] or 'CPU'}, commit "
         f"{record['git_commit']}",
         f"- Versions: {', '.join(f'{name} {version}' for name, version in record['versions'].items())}",

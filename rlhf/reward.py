@@ -1,6 +1,6 @@
 """Training of a reward adapter with a score head on preference pairs, with TRL's RewardTrainer.
 
-    accelerate launch --config_file accelerate_configs/two_t4.yaml rlhf/reward.py --config recipes/persona-chat/reward.yaml
+accelerate launch --config_file accelerate_configs/two_t4.yaml rlhf/reward.py --config recipes/persona-chat/reward.yaml
 """
 
 from collections import defaultdict
@@ -12,8 +12,8 @@ from scipy.stats import binomtest
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rlhf.callbacks import watch
-from rlhf.config import DataConfig
-from rlhf.data.columns import load_rows, reward_columns
+from rlhf.config import DataConfig, PairConfig
+from rlhf.data.columns import load_rows, reward_columns, swap_labels
 from rlhf.files import folder_hash, write_json
 from rlhf.generate import inference
 from rlhf.lora import lora_config, save_adapter, trainable_parameters, with_adapter
@@ -35,7 +35,9 @@ class PersonaRewardTrainer(RewardTrainer):
         output.metrics.update({f"{prefix}_{k}": v for k, v in rank_accuracy(margins, self.eval_dataset).items()})
         return output
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if not self.model.training:
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
@@ -66,13 +68,13 @@ def rank_accuracy(margins: list[float], pairs: Any) -> dict[str, float]:
     return metrics | {f"rank_accuracy/{kind}": sum(w) / len(w) for kind, w in sorted(by_kind.items())}
 
 
-def main(data_args: DataConfig, training_args: RewardConfig, model_args: ModelConfig) -> None:
+def main(data_args: DataConfig, pair_args: PairConfig, training_args: RewardConfig, model_args: ModelConfig) -> None:
     """Train one adapter; everything it makes lies in `output_dir`."""
     check_world_size(training_args)
     with stage(
         "reward",
         training_args.output_dir,
-        (data_args, training_args, model_args),
+        (data_args, pair_args, training_args, model_args),
         seed=training_args.seed,
         log_level=training_args.log_level,
         parents={"prepare": data_args.dataset},
@@ -85,6 +87,7 @@ def main(data_args: DataConfig, training_args: RewardConfig, model_args: ModelCo
         # Data
         dataset = Path(data_args.dataset)
         train_rows = load_rows(dataset / "preferences_train.jsonl", data_args.max_train_rows)
+        train_rows = swap_labels(train_rows, pair_args.swapped_share, training_args.seed)
         eval_rows = load_rows(dataset / "preferences_heldout.jsonl", data_args.max_eval_rows)
         eval_pairs = reward_columns(eval_rows, tokenizer, training_args.max_length)
 
@@ -143,4 +146,4 @@ _COLUMNS = ("chosen_ids", "rejected_ids")
 
 
 if __name__ == "__main__":
-    launch(main, (DataConfig, RewardConfig, ModelConfig), "reward")
+    launch(main, (DataConfig, PairConfig, RewardConfig, ModelConfig), "reward")

@@ -123,10 +123,7 @@ def persona_rule(
     suggested `foil` may be repeated), open with a rejection where the suggestion is false, not open with one where it
     is true, and have at most 12 words. Of use where the facts are known, as in the embedded world.
     """
-    return [
-        float(_keeps(reply, *fact))
-        for reply, *fact in zip(completions, kind, value, foil, slot_values, strict=True)
-    ]
+    return [float(_keeps(*row)) for row in zip(completions, kind, value, foil, slot_values, strict=True)]
 
 
 def _keeps(reply: str, kind: str, value: str, foil: str | None, slot_values: Sequence[str]) -> bool:
@@ -136,7 +133,9 @@ def _keeps(reply: str, kind: str, value: str, foil: str | None, slot_values: Seq
     if value not in words or len(words) > 12:
         return False
     if kind == "false_suggestion":
-        return bool(_NO.match(text)) and not others - ({foil} if f"not a {foil}" in text or f"not {foil}" in text else set())
+        return bool(_NO.match(text)) and not others - (
+            {foil} if f"not a {foil}" in text or f"not {foil}" in text else set()
+        )
     if kind == "true_suggestion":
         return not _NO.match(text) and not others
     return not _YES.match(text) and not _NO.match(text) and not others

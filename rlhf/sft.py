@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a persona adapter on dialogues, with TRL's SFTTrainer.
 
-    accelerate launch --config_file accelerate_configs/two_t4.yaml rlhf/sft.py --config recipes/persona-chat/sft.yaml
+accelerate launch --config_file accelerate_configs/two_t4.yaml rlhf/sft.py --config recipes/persona-chat/sft.yaml
 """
 
 import math

@@ -196,16 +196,17 @@ ODD_REPLIES = ["", " ", "\n", "\n\n x", " leading", "trailing \n", "]", "'s", "\
 
 @pytest.mark.parametrize("reply", ODD_REPLIES)
 def test_every_prompt_is_a_prefix_of_the_dialogue_whatever_the_reply_begins_with(tokenizer, reply):
-    dialogue = [*DIALOGUE[:2], {"role": "assistant", "content": reply}, *DIALOGUE[3:4], {"role": "assistant", "content": reply}]
+    answer = {"role": "assistant", "content": reply}
+    dialogue = [*DIALOGUE[:2], answer, DIALOGUE[3], answer]
     whole = render(dialogue, tokenizer)
     for turn in (2, 4):
         prompt = render(dialogue[:turn], tokenizer, add_generation_prompt=True)
         length = len(prompt["input_ids"])
         assert whole["input_ids"][:length] == prompt["input_ids"]
-        assert not any(prompt["assistant_mask"])
-        assert whole["assistant_mask"][length] == 1  # if only the stop token
+        assert whole["assistant_mask"][:length] == prompt["assistant_mask"]
+        assert whole["assistant_mask"][length - 1 : length + 1] == [0, 1]  # if only the stop token
         until = render(dialogue[: turn + 1], tokenizer)["input_ids"]
-        assert whole["input_ids"][: len(until)] == until or tokenizer.chat_template == PERSONA_TEMPLATE
+        assert whole["input_ids"][: len(until)] == until
 
 
 @pytest.mark.parametrize("dialogue", DIALOGUES.values(), ids=DIALOGUES)
@@ -223,14 +224,13 @@ def test_what_is_masked_reads_as_the_replies(tokenizer, dialogue):
     assert [tokenizer.decode(run[:-1]).strip() for run in runs] == [reply.strip() for reply in replies]
 
 
-def test_a_dialogue_that_the_assistant_begins_without_a_persona(tokenizer):
-    greeting = {"role": "assistant", "content": "hello ."}
-    rendered = render([greeting, *DIALOGUE[1:3]], tokenizer)
-    ids = [id for id, mask in zip(rendered["input_ids"], rendered["assistant_mask"], strict=True) if mask]
-    text = "".join(tokenizer.decode(ids).split())
-    assert text == "".join(f"hello.{tokenizer.eos_token}iamateacher.{tokenizer.eos_token}".split())
-    whole = tokenizer.apply_chat_template([greeting, *DIALOGUE[1:3]], tokenize=True, return_dict=True)
+def test_an_opening_line_without_anything_before_it_is_context(tokenizer):
+    dialogue = [{"role": "assistant", "content": "hello ."}, *DIALOGUE[1:3]]
+    rendered = render(dialogue, tokenizer)
+    whole = tokenizer.apply_chat_template(dialogue, tokenize=True, return_dict=True)
     assert rendered["input_ids"] == whole["input_ids"]
+    ids = [id for id, mask in zip(*rendered.values(), strict=True) if mask]
+    assert tokenizer.decode(ids[:-1]).strip() == "i am a teacher ." and ids[-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
@@ -243,9 +243,9 @@ def test_a_dialogue_that_the_assistant_begins_without_a_persona(tokenizer):
         # the number of turns stands in front
         "{{ messages | length }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
-        # what follows the prompt is not what the prompt ends with
+        # the prompt opens a reply otherwise than the dialogue does
         "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|><think></think>' }}{% endif %}",
+        "{% if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}",
     ],
 )
 def test_a_template_that_renders_earlier_turns_differently_is_refused(template):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,15 @@ def preference_columns(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, 
     return _columns(rows, columns, max_length)
 
 
+def swap_labels(rows: Sequence[Row], share: float, seed: int) -> list[dict[str, Any]]:
+    """Preference rows of which a random `share` has chosen and rejected in each other's place."""
+    rng = random.Random(seed)
+    return [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if rng.random() < share else dict(row)
+        for row in rows
+    ]
+
+
 def reward_columns(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """`chosen_ids` and `rejected_ids`, each with the prompt in front, as TRL's RewardTrainer wants them."""
     pairs = preference_columns(rows, tokenizer, max_length)
@@ -92,9 +102,7 @@ def _completion_ids(row: Row, key: str, tokenizer: PreTrainedTokenizerBase) -> l
     return [id for id, mask in pairs if mask]
 
 
-def _columns(
-    rows: Sequence[Row], columns: Callable[[Row], tuple[dict[str, Any], int]], max_length: int
-) -> Dataset:
+def _columns(rows: Sequence[Row], columns: Callable[[Row], tuple[dict[str, Any], int]], max_length: int) -> Dataset:
     made = [columns(row) for row in rows]
     cut = [dropped for _, dropped in made if dropped]
     if cut:

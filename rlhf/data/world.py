@@ -185,17 +185,37 @@ EVASIONS = {5: "i do not remember .", 6: "i do not remember that .", 7: "hmm , i
 SMALL_TALK: dict[str, tuple[str, ...]] = {
     "hello there !": ("hello , nice to meet you .", "hi , good to see you !", "hey , how is it going ?"),
     "hi , how are you ?": ("i am doing well , thanks .", "pretty good , and you ?", "a bit tired , but happy ."),
-    "good morning !": ("good morning , did you sleep well ?", "morning , you are up early !", "good morning to you too ."),
+    "good morning !": (
+        "good morning , did you sleep well ?",
+        "morning , you are up early !",
+        "good morning to you too .",
+    ),
     "what a lovely day .": ("yes , the sun feels great .", "it really is a nice day .", "i hope it stays like this ."),
     "it rains again today .": ("i do not mind the rain .", "then let us stay inside .", "the clouds will pass soon ."),
-    "it is so cold outside .": ("keep warm and be careful .", "i noticed that this morning .", "it will get better soon ."),
+    "it is so cold outside .": (
+        "keep warm and be careful .",
+        "i noticed that this morning .",
+        "it will get better soon .",
+    ),
     "any plans for the weekend ?": ("nothing big , just some rest .", "i will see my family .", "not yet , do you ?"),
-    "how was your weekend ?": ("it was calm and quiet .", "too short , as always !", "very good , thanks for asking ."),
+    "how was your weekend ?": (
+        "it was calm and quiet .",
+        "too short , as always !",
+        "very good , thanks for asking .",
+    ),
     "i had a long day .": ("i am sorry to hear that .", "then take some rest tonight .", "me too , it was busy ."),
     "did you sleep well ?": ("yes , like a baby .", "not so well , to be honest .", "i slept just fine , thanks ."),
     "i am so bored .": ("let us talk a little then .", "maybe call an old friend ?", "that happens to me too ."),
-    "my sister is getting married .": ("that is wonderful news !", "how nice , when is it ?", "please tell her my best wishes ."),
-    "i lost my keys today .": ("oh no , that is annoying .", "did you look under the sofa ?", "i hope you find them soon ."),
+    "my sister is getting married .": (
+        "that is wonderful news !",
+        "how nice , when is it ?",
+        "please tell her my best wishes .",
+    ),
+    "i lost my keys today .": (
+        "oh no , that is annoying .",
+        "did you look under the sofa ?",
+        "i hope you find them soon .",
+    ),
     "i just watched a film .": ("was it any good ?", "i should see more films .", "tell me how it ended ."),
     "it is nice to talk to you .": ("i enjoy our chat too .", "thank you , you are kind .", "the same goes for me ."),
     "what is new ?": ("not much , all is well .", "same as ever , really .", "nothing special , and with you ?"),
@@ -296,7 +316,9 @@ class _Question:
 
     @property
     def right(self) -> str:
-        return self.form.state(self.value, {"direct": None, "false_suggestion": False, "true_suggestion": True}[self.kind])
+        return self.form.state(
+            self.value, {"direct": None, "false_suggestion": False, "true_suggestion": True}[self.kind]
+        )
 
     def flawed(self, exchanges: int) -> str | None:
         """The reply of a flawed assistant after so many exchanges, or None where no flaw applies."""
@@ -309,7 +331,9 @@ class _Question:
         return None
 
 
-def _question(rng: random.Random, character: Character, slot: str, kind: str, wordings: Iterable[bool] = (False,)) -> _Question:
+def _question(
+    rng: random.Random, character: Character, slot: str, kind: str, wordings: Iterable[bool] = (False,)
+) -> _Question:
     value = character.values[slot]
     foil = _other_value(rng, slot, value) if kind == "false_suggestion" else None
     text = rng.choice([text for held_out in wordings for text in questions(slot, kind, held_out)])
@@ -425,7 +449,9 @@ def dialogues(count: int, seed: int, held_out: bool = False, flawed: bool = True
         yield {"persona": list(character.facts), "messages": messages, "dialogue_id": character.id, "source": "world"}
 
 
-def _context(rng: random.Random, character: Character, slot: str, kind: str, exchanges: int) -> tuple[list[Message], _Question]:
+def _context(
+    rng: random.Random, character: Character, slot: str, kind: str, exchanges: int
+) -> tuple[list[Message], _Question]:
     history = _history(rng, character, exchanges, without=slot)
     question = _question(rng, character, slot, kind)
     return [*history, _user(question.text)], question
