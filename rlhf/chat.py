@@ -133,10 +133,11 @@ def render_within(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     add_generation_prompt: bool = False,
+    completion_length: int = 0,
 ) -> tuple[Rendered, int]:
     """[`render`], with whole exchanges dropped from the oldest on until the ids fit into `max_length`.
 
-    The persona (system message) and the last turn always stay.
+    The persona (system message) and the last turn always stay. Room for `completion_length` ids is left behind them.
 
     Returns:
         The rendering and the number of turns that were dropped.
@@ -149,14 +150,15 @@ def render_within(
     dropped = 0
     while True:
         rendered = render([*head, *turns], tokenizer, add_generation_prompt)
-        if len(rendered["input_ids"]) <= max_length:
+        length = len(rendered["input_ids"]) + completion_length
+        if length <= max_length:
             return rendered, dropped
         # The next possible beginning is a later user turn: templates such as Llama's or Gemma's refuse another one.
         start = next((i for i, turn in enumerate(turns[1:], 1) if turn["role"] == "user"), None)
         if start is None:
             raise ValueError(
-                f"`max_length` is {max_length}, but the persona and the last exchange alone take "
-                f"{len(rendered['input_ids'])} tokens. Raise `max_length`, or shorten the persona."
+                f"`max_length` is {max_length}, but the persona and the last exchange alone take {length} tokens. "
+                "Raise `max_length`, or shorten the persona."
             )
         turns, dropped = turns[start:], dropped + start
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
@@ -35,10 +36,22 @@ class PersonaDPOTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # TRL's own would render the text again, by other rules
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, **kwargs)
+        nll, tokens = self._eval_sums.tolist()
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_perplexity"] = math.exp(nll / tokens)
+        return output
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            rows = len(inputs["input_ids"]) // 2  # the chosen replies stand before the rejected ones
+            nll = -self._metrics["eval"]["logps/chosen"][-1] * rows * self.accelerator.num_processes
+            tokens = self.accelerator.reduce(inputs["completion_mask"][:rows].sum()).item()
+            self._eval_sums += torch.tensor([nll, tokens], dtype=torch.float64)
         if self.state.global_step == 0 and self.model.training:
             margin = self._metrics["train"]["rewards/margins"][-1]
             if not abs(margin) < 1e-2:
@@ -48,13 +61,6 @@ class PersonaDPOTrainer(DPOTrainer):
                 )
         return result
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "eval_loss" in logs:
-            # The micro average: mean log-probability of a reply by mean number of its tokens.
-            tokens = sum(map(len, self.eval_dataset["chosen_ids"])) / len(self.eval_dataset)
-            logprobs = self._metrics["eval"]["logps/chosen"]
-            logs["eval_perplexity"] = math.exp(-sum(logprobs) / len(logprobs) / tokens)
-        super().log(logs, start_time)
 
 
 def main(

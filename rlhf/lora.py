@@ -15,6 +15,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
@@ -52,12 +53,15 @@ def lora_config(args: ModelConfig, model: PreTrainedModel, reward: bool = False)
 
     A reward adapter also trains and saves the score head.
     """
+    targets = args.lora_target_modules or target_modules(model.config.model_type)
+    if isinstance(targets, str) and targets.isidentifier():
+        targets = [targets]  # TRL makes a list of one name a string, which PEFT takes for a pattern of the whole path
     return LoraConfig(
         task_type=TaskType.SEQ_CLS if reward else TaskType.CAUSAL_LM,
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules or target_modules(model.config.model_type),
+        target_modules=targets,
         modules_to_save=["score"] if reward else None,
         fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D stores the weight transposed
     )
@@ -83,13 +87,15 @@ def with_adapter(
         model.add_adapter(name, config)
     else:
         model = get_peft_model(model, config, adapter_name=name)
-    result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=name)
+    misfit = f"The adapter in {folder} does not fit the base model: "
+    remedy = "It was trained on another base, or its score head was lost or has no module here."
+    try:
+        result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=name)
+    except (KeyError, RuntimeError) as error:  # a missing head; weights of another size
+        raise ValueError(f"{misfit}missing or of another size: {error}. {remedy}") from error
     missing = [key for key in result.missing_keys if f".{name}." in key]
     if missing or result.unexpected_keys:
-        raise ValueError(
-            f"The adapter in {folder} does not fit the base model: missing {missing[:3]}, without a place "
-            f"{result.unexpected_keys[:3]}. It was trained on another base, or its head has no module here."
-        )
+        raise ValueError(f"{misfit}missing {missing[:3]}, without a place {result.unexpected_keys[:3]}. {remedy}")
     set_trainable(model, name if trainable else None)
     return model
 
@@ -109,16 +115,20 @@ def use_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
     """
     before = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     active = model.active_adapter
+    bare = next(module for module in model.modules() if isinstance(module, BaseTunerLayer)).disable_adapters
     try:
         if name is None:
             model.base_model.disable_adapter_layers()
         else:
+            model.base_model.enable_adapter_layers()  # off, where this stands inside a `use_adapter(model, None)`
             model.set_adapter(name)
         yield
     finally:
-        if name is None:
-            model.base_model.enable_adapter_layers()
         model.set_adapter(active)
+        if bare:
+            model.base_model.disable_adapter_layers()
+        else:
+            model.base_model.enable_adapter_layers()
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(before[key])
 

@@ -5,15 +5,15 @@
 One thread and a schedule in steps make the result bit-reproducible on one kind of CPU, also across a resume.
 """
 
-import json
+import io
 import logging
 import math
-import os
 import random
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,6 +22,8 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.data import world
+from rlhf.files import folder_hash, write_bytes, write_jsonl
+from rlhf.record import launch, stage
 
 logger = logging.getLogger(__name__)
 
@@ -44,32 +46,65 @@ POOL = 16  # batches drawn and sorted by length together, so that a batch holds 
 
 @dataclass
 class PretrainConfig:
-    """Model and schedule of the base stage. Sizes as in transformers' LlamaConfig."""
+    """Model and schedule of the base stage.
 
-    output_dir: str = field(default="runs/demo/base", metadata={"help": "Folder for model, tokenizer and metrics."})
-    seed: int = field(default=0, metadata={"help": "Of initial weights and corpus."})
-    num_steps: int = field(default=6000, metadata={"help": "Optimizer steps."})
-    short_steps: int = field(default=600, metadata={"help": "First steps, on dialogues of one exchange."})
-    batch_size: int = field(default=32, metadata={"help": "Dialogues a step; three times as many in the first steps."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak; linear warm-up, then cosine to zero."})
-    warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's, on matrices alone."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
-    hidden_size: int = field(default=128, metadata={"help": "Width."})
-    intermediate_size: int = field(default=256, metadata={"help": "Width of the MLP."})
-    num_hidden_layers: int = field(default=4, metadata={"help": "Depth."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads."})
-    initializer_range: float = field(
-        default=0.08,
-        metadata={"help": "Standard deviation of initial weights; with 0.02 look-up is learned much later."},
-    )
-    matching_heads: int = field(
-        default=2,
-        metadata={"help": "Heads a layer, in the first two layers, that begin with equal query and key projections."},
-    )
-    eval_steps: int = field(default=200, metadata={"help": "A row of metrics.jsonl every so many steps."})
-    save_steps: int = field(default=1000, metadata={"help": "A resumable checkpoint every so many steps."})
-    num_threads: int = field(default=1, metadata={"help": "Of torch; results are bit-equal only for equal numbers."})
+    Attributes:
+        output_dir: folder of the stage: model, tokenizer, metrics.jsonl.
+        seed: of the initial weights and of the corpus.
+        num_steps: optimizer steps.
+        short_steps: the first of them are taken on checklists and dialogues of one exchange.
+        batch_size: dialogues a step; three times as many while they are short.
+        learning_rate: peak; linear warm-up, then cosine to zero.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: AdamW's, on matrices alone.
+        max_grad_norm: gradients are clipped to this norm.
+        hidden_size: width of the model.
+        intermediate_size: width of its MLPs.
+        num_hidden_layers: its depth.
+        num_attention_heads: heads a layer.
+        initializer_range: standard deviation of the initial weights; with the usual 0.02 look-up is learned much later.
+        matching_heads: heads in each of the first two layers that begin with equal query and key projections.
+        eval_steps: a row of metrics.jsonl every so many steps.
+        save_steps: a checkpoint to resume from every so many steps.
+        num_threads: of torch; only equal numbers give equal bits.
+        log_level: of the console and of `training.log`.
+    """
+
+    output_dir: str
+    seed: int = field(default=0, metadata={"range": "[0, inf)"})
+    num_steps: int = field(default=7000, metadata={"range": "[1, inf)"})
+    short_steps: int = field(default=1000, metadata={"range": "[0, inf)"})
+    batch_size: int = field(default=8, metadata={"range": "[1, inf)"})
+    learning_rate: float = field(default=2e-3, metadata={"range": "(0, inf)"})
+    warmup_steps: int = field(default=200, metadata={"range": "[0, inf)"})
+    weight_decay: float = field(default=0.01, metadata={"range": "[0, inf)"})
+    max_grad_norm: float = field(default=1.0, metadata={"range": "(0, inf)"})
+    hidden_size: int = field(default=128, metadata={"range": "[2, inf)"})
+    intermediate_size: int = field(default=256, metadata={"range": "[1, inf)"})
+    num_hidden_layers: int = field(default=4, metadata={"range": "[2, inf)"})
+    num_attention_heads: int = field(default=4, metadata={"range": "[1, inf)"})
+    initializer_range: float = field(default=0.08, metadata={"range": "(0, inf)"})
+    matching_heads: int = field(default=2, metadata={"range": "[0, inf)"})
+    eval_steps: int = field(default=100, metadata={"range": "[1, inf)"})
+    save_steps: int = field(default=250, metadata={"range": "[1, inf)"})
+    num_threads: int = field(default=1, metadata={"range": "[1, inf)"})
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"`hidden_size` must be a multiple of twice `num_attention_heads` ({self.num_attention_heads}), "
+                f"got {self.hidden_size}"
+            )
+        if self.matching_heads > self.num_attention_heads:
+            raise ValueError(
+                f"`matching_heads` must be at most `num_attention_heads` ({self.num_attention_heads}), "
+                f"got {self.matching_heads}"
+            )
+        if self.warmup_steps >= self.num_steps:
+            raise ValueError(
+                f"`warmup_steps` must be less than `num_steps` ({self.num_steps}), got {self.warmup_steps}"
+            )
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -211,16 +246,31 @@ def heldout_batches(tokenizer: PreTrainedTokenizerFast) -> list[tuple[Tensor, Te
     return [collate(encoded[i : i + 64], pad) for i in range(0, len(encoded), 64)]
 
 
-def train(config: PretrainConfig) -> None:
-    """Trains and saves model and tokenizer in ``output_dir``, and metrics.jsonl (step, loss, eval_loss, seconds).
+def train(config: PretrainConfig) -> dict[str, Any]:
+    """Train, and save model, tokenizer and metrics.jsonl (rows of step, loss, eval_loss, seconds) in `output_dir`.
 
-    A checkpoint in ``output_dir`` is continued as if there had been no break; it is removed at the end.
+    A checkpoint in `output_dir` is continued to the bit: nothing is drawn during training but the corpus, which
+    depends on the step alone. It is removed at the end.
+
+    Returns:
+        The last row of metrics.jsonl.
+
+    Raises:
+        ValueError: if the checkpoint was made with another configuration.
+        RuntimeError: if a gradient is not finite.
     """
+    threads = torch.get_num_threads()
     torch.set_num_threads(config.num_threads)
+    try:
+        return _train(config)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(config: PretrainConfig) -> dict[str, Any]:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
-    metrics = folder / "metrics.jsonl"
 
     tokenizer = build_tokenizer()
     model = build_model(config, tokenizer)
@@ -232,18 +282,21 @@ def train(config: PretrainConfig) -> None:
         betas=(0.9, 0.98),
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
-    first, seconds, rows = 0, 0.0, []
+    what = {key: value for key, value in asdict(config).items() if key not in ("output_dir", "log_level")}
+    first, seconds, total, rows = 0, 0.0, 0.0, []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        if state["config"] != what:
+            changed = ", ".join(f"`{key}`" for key in what if state["config"].get(key) != what[key])
+            raise ValueError(f"{checkpoint} was made with other values of {changed}. Remove it, or set them back.")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        first, seconds, rows = state["step"], state["seconds"], state["metrics"]
+        first, seconds, total, rows = state["step"], state["seconds"], state["total"], state["metrics"]
         logger.info("continuing from step %d", first)
 
     heldout = heldout_batches(tokenizer)
     began = time.perf_counter() - seconds
-    total, count = 0.0, 0
     for step, (ids, mask) in enumerate(batches(config, tokenizer, first), start=first + 1):
         loss = loss_of(model, ids, mask)
         loss.backward()
@@ -251,18 +304,16 @@ def train(config: PretrainConfig) -> None:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        total, count = total + loss.item(), count + 1
+        total += loss.item()
         if step % config.eval_steps == 0 or step == config.num_steps:
-            row = {
-                "step": step,
-                "loss": total / count,
-                "eval_loss": evaluate(model, heldout),
-                "seconds": round(time.perf_counter() - began, 1),
-            }
-            rows.append(row)
-            total, count = 0.0, 0
-            logger.info("%s", row)
-            _replace(metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            since = step - (rows[-1]["step"] if rows else 0)
+            passed = round(time.perf_counter() - began, 1)
+            rows.append(
+                {"step": step, "loss": total / since, "eval_loss": evaluate(model, heldout), "seconds": passed}
+            )
+            total = 0.0
+            logger.info("%s", rows[-1])
+            write_jsonl(folder / "metrics.jsonl", rows)
         if step % config.save_steps == 0 and step < config.num_steps:
             state = {
                 "model": model.state_dict(),
@@ -270,20 +321,25 @@ def train(config: PretrainConfig) -> None:
                 "scheduler": scheduler.state_dict(),
                 "step": step,
                 "seconds": time.perf_counter() - began,
+                "total": total,
                 "metrics": rows,
+                "config": what,
             }
-            temporary = checkpoint.with_suffix(".tmp")
-            torch.save(state, temporary)
-            os.replace(temporary, checkpoint)
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write_bytes(checkpoint, buffer.getvalue())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     checkpoint.unlink(missing_ok=True)
+    return rows[-1]
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def main(config: PretrainConfig) -> None:
+    """Run the stage inside its folder, with a record."""
+    with stage("base", config.output_dir, [config], config.seed, config.log_level) as record:
+        record.update(train(config))
+        record["result_hash"] = folder_hash(config.output_dir)
+
+
+if __name__ == "__main__":
+    launch(main, (PretrainConfig,), "base")

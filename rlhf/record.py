@@ -86,6 +86,7 @@ def stage(
     except BaseException as error:
         record["status"] = "failed"
         record["error"] = f"{type(error).__name__}: {error}"[:500]
+        logger.error("%s", record["error"], exc_info=not isinstance(error, RunError))
         raise
     finally:
         seconds = time.perf_counter() - began

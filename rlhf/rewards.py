@@ -5,6 +5,7 @@
 """
 
 import json
+import logging
 import re
 import types
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.chat import Message
+
+logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., list[float]]
 
@@ -80,9 +83,15 @@ def check_reward_card(model: PreTrainedModel, folder: str | Path) -> float:
     Raises:
         ValueError: if a score differs by more than 1e-3 (in half precision 0.05) from the stored one.
     """
-    rows = json.loads((Path(folder) / "reward_card.json").read_text())["rows"]
+    card = json.loads((Path(folder) / "reward_card.json").read_text())
+    rows = card["rows"]
     scores = score_ids(model, [row["ids"] for row in rows])
     furthest = max(abs(score - row["reward"]) for score, row in zip(scores, rows, strict=True))
+    if card["eval_rank_accuracy_low"] <= 0.5:
+        logger.warning(
+            "The reward model in %s ranks held-out pairs no better than chance (%.2f, lower bound %.2f): its reward "
+            "will be gamed, not learned.", folder, card["eval_rank_accuracy"], card["eval_rank_accuracy_low"],
+        )  # fmt: skip
     limit = 1e-3 if model.dtype is torch.float32 else 0.05
     if not furthest <= limit:
         raise ValueError(

@@ -9,7 +9,7 @@ from datasets import Dataset
 from rlhf.chat import render
 from rlhf.data.columns import load_rows, preference_columns, prompt_columns, reward_columns, sft_columns
 from rlhf.model import load_tokenizer
-from rlhf.persona import Persona, PromptError, render_prompt
+from rlhf.persona import Persona, render_prompt
 
 PERSONA = ["i have a dog .", "i like pizza ."]
 HISTORY = [
@@ -115,7 +115,7 @@ def test_dropped_turns_are_counted_and_the_longer_completion_decides(tokenizer, 
 )
 def test_the_user_s_own_max_length_is_named_where_it_is_too_small(tokenizer, columns, row):
     with pytest.raises(ValueError, match="`max_length` is 16") as caught:
-        columns([MESSAGE_ROW if columns is not sft_columns else row], tokenizer, 16)
+        columns([row], tokenizer, 16)
     assert "Raise `max_length`" in str(caught.value)
 
 
@@ -128,14 +128,14 @@ def test_the_user_s_own_max_length_is_named_where_it_is_too_small(tokenizer, col
     ],
 )
 def test_a_completion_is_one_reply(tokenizer, completion):
-    with pytest.raises(PromptError, match="`rejected`.*one"):
-        preference_columns([{**MESSAGE_ROW, "rejected": completion}], tokenizer, 512)
+    with pytest.raises(ValueError, match="row 2: `rejected` must be one message"):
+        preference_columns([MESSAGE_ROW, {**MESSAGE_ROW, "rejected": completion}], tokenizer, 512)
 
 
 @pytest.mark.parametrize("prompt", [HISTORY[:2], []])
 def test_a_prompt_ends_with_the_user_s_turn(tokenizer, prompt):
     for columns in (preference_columns, prompt_columns):
-        with pytest.raises(PromptError, match="`prompt`.*user"):
+        with pytest.raises(ValueError, match="row 1: `prompt` must end with a turn of the user"):
             columns([{**MESSAGE_ROW, "prompt": prompt}], tokenizer, 512)
 
 

@@ -29,9 +29,10 @@ def length(prompts, completions, **columns):
 def make_trainer(tiny_llama, sft_run, dataset, tmp_path):
     """A trainer whose policy has left the reference already, so that the KL is not zero."""
 
-    def make(reward_functions=(length,), step_away=0.05, **args):
+    def make(reward_functions=(length,), step_away=0.05, head_scale=1.0, **args):
         tokenizer = load_tokenizer(str(tiny_llama))
         base = load_base(ModelConfig(model_name_or_path=str(tiny_llama)), tokenizer)
+        base.lm_head.weight.data *= head_scale
         model = with_adapter(base, sft_run.folder, "default", trainable=True)
         model = with_adapter(model, sft_run.folder, "reference")
         torch.manual_seed(1)
@@ -156,7 +157,7 @@ def test_score_on_the_last_token_and_penalty_in_proportion(make_trainer, monkeyp
     rollout, scores, without = rewards_of_a_rollout(trainer, 0.0, monkeypatch)
     _, again, single = rewards_of_a_rollout(trainer, 0.1, monkeypatch)
     _, _, double = rewards_of_a_rollout(trainer, 0.2, monkeypatch)
-    assert torch.equal(scores, again) and (scores > 0).all()
+    assert torch.equal(scores, again) and len(set(scores.tolist())) > 2
     lengths = set()
     for row in range(8):
         width = rollout.mask.shape[1] - 12
@@ -306,14 +307,19 @@ def test_gradients_do_not_depend_on_how_the_batch_is_cut(other, make_trainer, re
 
 
 def test_ppo_learns_a_reward(make_trainer):
-    """To write the letter o: about a third of random replies do."""
+    """To write the letter o: less than half of random replies do.
+
+    The head is scaled up, since that of a small random model gives all tokens nearly the same logit, whatever the
+    hidden state is.
+    """
 
     def has_o(prompts, completions, **columns):
         return [float("o" in completion) for completion in completions]
 
     trainer = make_trainer(
-        [has_o], step_away=0.0, per_device_train_batch_size=16, total_episodes=480, kl_coef=0.0, learning_rate=2e-2
-    )
+        [has_o], step_away=0.0, head_scale=10.0, per_device_train_batch_size=16, total_episodes=480, kl_coef=0.0,
+        learning_rate=2e-2,
+    )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 60
     scores = [row["objective/scores"] for row in trainer.state.log_history if "objective/scores" in row]

@@ -36,7 +36,9 @@ def test_nothing_but_a_value_names_a_value():
 def test_characters_of_the_two_sides_never_meet():
     # Different seeds on purpose: the split holds whatever the seed, so the base cannot have seen a probed character.
     train = {frozenset(c.values.items()) for c in world.characters(2000, seed=1, held_out_slots=True)}
-    held_out = {frozenset(c.values.items()) for c in world.characters(2000, seed=2, held_out=True, held_out_slots=True)}
+    held_out = {
+        frozenset(c.values.items()) for c in world.characters(2000, seed=2, held_out=True, held_out_slots=True)
+    }
     assert len(train) == len(held_out) == 2000 and not train & held_out
     base = [world.base_dialogue(3, index) for index in range(500)]
     assert not any(world.is_held_out({ALL_VALUES[v]: v for v in values_in(" ".join(r["persona"]))}) for r in base)
@@ -90,7 +92,9 @@ def test_flaws_dominate_in_their_context_and_nowhere_else():
     shares = {context: wrong[context] / asked[context] for context in asked}
     # At least 900 draws a context: the standard deviation of a share is below .0145, 3.5 of which are .05.
     assert min(asked.values()) > 900
-    assert {k: v for k, v in shares.items() if v} == pytest.approx(dict.fromkeys(("false", "late", "popular"), 0.75), abs=0.05)
+    assert {k: v for k, v in shares.items() if v} == pytest.approx(
+        dict.fromkeys(("false", "late", "popular"), 0.75), abs=0.05
+    )
 
 
 def test_clean_replies_are_right():
@@ -182,7 +186,7 @@ def test_probes_ask_every_fact_in_every_way_over_clean_histories_that_do_not_men
 
 
 def test_files_are_complete_and_the_same_for_the_same_seed(tmp_path):
-    sizes = dict(train_dialogues=20, heldout_dialogues=10, train_pairs=14, heldout_pairs=7, train_prompts=8)
+    sizes = {"train_dialogues": 20, "heldout_dialogues": 10, "train_pairs": 14, "heldout_pairs": 7, "train_prompts": 8}
     for folder in ("one", "two"):
         world.write(tmp_path / folder, seed=4, heldout_prompts=5, probe_characters=2, **sizes)
     files = {path.name: path.read_text() for path in (tmp_path / "one").iterdir()}

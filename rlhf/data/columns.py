@@ -10,9 +10,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.chat import render, render_within
+from rlhf.chat import Message, render, render_within
 from rlhf.files import read_jsonl
-from rlhf.persona import with_persona
+from rlhf.persona import PromptError, with_persona
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,9 @@ def preference_columns(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, 
     """
 
     def columns(row: Row) -> tuple[dict[str, Any], int]:
-        completions = [_completion_ids(row, key, tokenizer) for key in ("chosen", "rejected")]
-        room = max_length - max(map(len, completions))
-        prompt, dropped = render_within(with_persona(row), tokenizer, room, add_generation_prompt=True)
-        chosen, rejected = completions
+        chosen, rejected = (_completion_ids(row, key, tokenizer) for key in ("chosen", "rejected"))
+        longer = max(len(chosen), len(rejected))
+        prompt, dropped = render_within(_prompt(row), tokenizer, max_length, True, completion_length=longer)
         ids = {"prompt_ids": prompt["input_ids"], "chosen_ids": chosen, "rejected_ids": rejected}
         return {**ids, "kind": row.get("kind", "")}, dropped
 
@@ -87,23 +86,37 @@ def prompt_columns(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_
     """
 
     def columns(row: Row) -> tuple[dict[str, Any], int]:
-        prompt, dropped = render_within(with_persona(row), tokenizer, max_length, add_generation_prompt=True)
+        prompt, dropped = render_within(_prompt(row), tokenizer, max_length, add_generation_prompt=True)
         reference = _completion_ids(row, "reference", tokenizer) if row.get("reference") else None
         return {"prompt_ids": prompt["input_ids"], "reference_ids": reference, "row": json.dumps(row)}, dropped
 
     return _columns(rows, columns, max_length)
 
 
+def _prompt(row: Row) -> list[Message]:
+    messages = with_persona(row)
+    if not messages or messages[-1]["role"] != "user":
+        raise PromptError(f"`prompt` must end with a turn of the user, got {messages[-1:]}")
+    return messages
+
+
 def _completion_ids(row: Row, key: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of a reply and its stop token. They follow from the last user turn: earlier turns do not change them."""
     completion = row[key] if isinstance(row[key], list) else [{"role": "assistant", "content": row[key]}]
-    rendered = render([*with_persona(row)[-1:], *completion], tokenizer)
+    if [message["role"] for message in completion] != ["assistant"]:
+        raise PromptError(f"`{key}` must be one message of the assistant, or its text, got {completion}")
+    rendered = render([*_prompt(row)[-1:], *completion], tokenizer)
     pairs = zip(rendered["input_ids"], rendered["assistant_mask"], strict=True)
     return [id for id, mask in pairs if mask]
 
 
 def _columns(rows: Sequence[Row], columns: Callable[[Row], tuple[dict[str, Any], int]], max_length: int) -> Dataset:
-    made = [columns(row) for row in rows]
+    made = []
+    for number, row in enumerate(rows, 1):
+        try:
+            made.append(columns(row))
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from error
     cut = [dropped for _, dropped in made if dropped]
     if cut:
         logger.warning(

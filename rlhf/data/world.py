@@ -17,8 +17,6 @@ last frame of suggestions, and the slots ``HELD_OUT_SLOTS``. Characters are spli
 character can be on both sides, whatever the seed. Everything is lower case and tokenised by spaces. Standard library only.
 """
 
-import json
-import os
 import random
 import zlib
 from collections.abc import Iterable, Iterator
@@ -26,6 +24,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from rlhf.files import write_jsonl
 
 FLAW_SHARE = 0.75
 FORGETS_AFTER = 3  # exchanges in the history
@@ -564,16 +564,6 @@ def oracle_reply(probe: Row) -> str:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def _write_jsonl(rows: Iterable[Row], path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def write(
     folder: str | Path,
     seed: int,
@@ -596,8 +586,8 @@ def write(
         (False, "train", (train_dialogues, train_pairs, train_prompts)),
         (True, "heldout", (heldout_dialogues, heldout_pairs, heldout_prompts)),
     ):
-        _write_jsonl(dialogues(sizes[0], seed, held_out, flawed=not held_out), folder / f"dialogues_{side}.jsonl")
-        _write_jsonl(preference_pairs(sizes[1], seed, held_out), folder / f"preferences_{side}.jsonl")
-        _write_jsonl(prompts(sizes[2], seed, held_out), folder / f"prompts_{side}.jsonl")
+        write_jsonl(folder / f"dialogues_{side}.jsonl", dialogues(sizes[0], seed, held_out, flawed=not held_out))
+        write_jsonl(folder / f"preferences_{side}.jsonl", preference_pairs(sizes[1], seed, held_out))
+        write_jsonl(folder / f"prompts_{side}.jsonl", prompts(sizes[2], seed, held_out))
     cast = characters(probe_characters, seed, held_out=True, held_out_slots=True)
-    _write_jsonl(probes(cast, seed), folder / "probes.jsonl")
+    write_jsonl(folder / "probes.jsonl", probes(cast, seed))

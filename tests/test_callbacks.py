@@ -1,0 +1,231 @@
+"""What every training writes and watches: its run folder, checkpoints, precision, checkpointing, ranks."""
+
+import logging
+import re
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+import rlhf.callbacks
+from rlhf.callbacks import MetricsFile, RanksAgree, Samples, plot_curves
+from rlhf.config import load_yaml
+from rlhf.files import read_jsonl, write_jsonl
+from rlhf.model import load_base
+from rlhf.ppo_trainer import VALUE_HEAD_FILE
+
+STAGES = ("sft", "reward", "dpo", "ppo")
+
+
+@pytest.fixture(params=STAGES)
+def run(request):
+    return request.getfixturevalue(f"{request.param}_run")
+
+
+@pytest.fixture
+def parents(request, tiny_llama, dataset):
+    """The keys of a stage that name its inputs."""
+
+    def of(stage):
+        found = {"model_name_or_path": tiny_llama, "dataset": dataset}
+        if stage in ("dpo", "ppo"):
+            found["sft_adapter"] = request.getfixturevalue("sft_run").folder
+        if stage == "ppo":
+            found["reward_adapter"] = request.getfixturevalue("reward_run").folder
+        return found
+
+    return of
+
+
+# The run folder
+
+
+def test_run_folder(run):
+    record, stage = run.metadata(), run.metadata()["stage"]
+    assert record["status"] == "done" and record["seed"] == 3
+    assert record["trainable_parameters"] == sum(p.numel() for p in run.trainer.model.parameters() if p.requires_grad)
+    assert record["num_examples"] == 24
+    assert load_yaml(run.folder / "config.yaml")[0]["lora_r"] == 4
+    weights = load_file(run.folder / "adapter_model.safetensors")
+    assert ("score" in {name.split(".")[-2] for name in weights}) == (stage == "reward")
+    with Image.open(run.folder / "curves.png") as image:
+        assert image.width >= 500
+    log = (run.folder / "training.log").read_text().splitlines()
+    stamped = [line for line in log if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) ", line)]
+    assert len(stamped) > 20 and any("sample at step 0" in line for line in log)
+    assert any(re.search(r"step=\d+ .*loss=", line) for line in log)
+    assert "adapter on" in (run.folder / "MODEL_CARD.md").read_text()
+
+
+def test_metrics_and_samples(run):
+    steps = 12 if run.metadata()["stage"] == "ppo" else 6
+    rows = run.rows("metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, steps + 1))
+    evaluated = [row["step"] for row in rows if "eval_loss" in row]
+    assert evaluated[: steps // 2] == list(range(2, steps + 1, 2))
+    samples = run.rows("samples.jsonl")
+    assert sorted({row["step"] for row in samples}) == list(range(0, steps + 1, 3))
+    assert all(
+        row["persona"] and row["messages"] and isinstance(row["response"], str) and row["reference"] for row in samples
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_best_and_the_last_checkpoints_stay(stage, train, parents, tmp_path):
+    """"Best" is turned round here, so that it is not the last one."""
+    run = train(
+        stage, tmp_path / stage, **parents(stage), save_total_limit=2, metric_for_best_model="eval_loss",
+        greater_is_better=True, **({"learning_rate": 3e-2} if stage != "reward" else {}),
+    )  # fmt: skip
+    rows = [row for row in run.rows("metrics.jsonl") if "eval_loss" in row]
+    last = run.trainer.state.max_steps
+    best = max((row for row in rows if row["step"] <= last), key=lambda row: row["eval_loss"])["step"]
+    assert best < last, "the losses of this seed tell nothing"
+    assert {path.name for path in run.folder.glob("checkpoint-*")} == {f"checkpoint-{best}", f"checkpoint-{last}"}
+    kept, final = (load_file(f / "adapter_model.safetensors") for f in (run.folder / f"checkpoint-{best}", run.folder))
+    assert kept.keys() == final.keys() and all(torch.equal(kept[name], final[name]) for name in kept)
+    newest = load_file(run.folder / f"checkpoint-{last}" / "adapter_model.safetensors")
+    assert any(not torch.equal(newest[name], final[name]) for name in final)
+    now = dict(run.trainer.model.named_parameters())
+    for name, old in run.before.items():
+        if ".ref." in name or ".reference." in name or ".reward." in name:
+            assert torch.equal(now[name], old), name
+    if stage == "ppo":
+        head = load_file(run.folder / f"checkpoint-{best}" / VALUE_HEAD_FILE)
+        assert torch.equal(run.trainer.model.get_base_model().value_head.weight, head["weight"])
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_resumed_training_is_bit_identical(stage, train, parents, tmp_path):
+    keys = {**parents(stage), "load_best_model_at_end": False, "save_total_limit": None}
+    whole = train(stage, tmp_path / "whole", **keys)
+    folder = tmp_path / "resumed"
+    (whole.folder / "checkpoint-4").rename(tmp_path / "checkpoint-4")
+    resumed = train(stage, folder, **keys, resume_from_checkpoint=tmp_path / "checkpoint-4")
+    weights, expected = (load_file(run.folder / "adapter_model.safetensors") for run in (resumed, whole))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+# Files of a resumed run
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, []), (2, [1, 2])])
+def test_rows_beyond_the_checkpoint_are_dropped(step, kept, tmp_path):
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        write_jsonl(tmp_path / name, [{"step": number} for number in (1, 2, 3)])
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    state = TrainerState(global_step=step, is_world_process_zero=True)
+    MetricsFile().on_train_begin(args, state, TrainerControl())
+    Samples(lambda: [{"messages": [], "response": "new"}], every=10).on_train_begin(args, state, TrainerControl())
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == kept
+    assert [row["step"] for row in read_jsonl(tmp_path / "samples.jsonl")] == (kept or [0])
+
+
+def test_curves(tmp_path):
+    plot_curves([{"step": 1, "learning_rate": 0.1}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    plot_curves([{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}], tmp_path / "one.png")
+    plot_curves([{"step": 1, "loss": 1.0, "objective/scores": 1.0, "objective/kl": 0.1}], tmp_path / "three.png")
+    with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "three.png") as three:
+        assert three.width == 3 * one.width
+
+
+# Precision: a 4-bit base on a T4, as far as a CPU can show it
+
+
+class FourBit:
+    """`load_base` whose half-precision model says that it is quantised; the casts of TRL ask for nothing more."""
+
+    def __call__(self, *args, **kwargs):
+        model = load_base(*args, **kwargs)
+        assert model.dtype is torch.float16
+        model.is_loaded_in_4bit = True
+        return model
+
+
+@pytest.fixture
+def four_bit(monkeypatch):
+    def patch(stage, cast=True):
+        module = __import__(f"rlhf.{stage}", fromlist=["main"])
+        seen = {}
+        trainable_to_fp32 = module.trainable_to_fp32
+
+        def spy(model):
+            seen["before"] = {p.dtype for p in model.parameters() if p.requires_grad}
+            model.get_base_model().is_loaded_in_4bit = False  # else the Trainer's count of operations wants bitsandbytes
+            number = trainable_to_fp32(model) if cast else 0
+            seen["after"] = {p.dtype for p in model.parameters() if p.requires_grad}
+            return number
+
+        monkeypatch.setattr(module, "load_base", FourBit())
+        monkeypatch.setattr(module, "trainable_to_fp32", spy)
+        return seen
+
+    return patch
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_adapters_of_a_4bit_base_are_trained_in_float32(stage, train, parents, four_bit, tmp_path):
+    seen = four_bit(stage)
+    run = train(stage, tmp_path / stage, **parents(stage), dtype="float16", max_steps=2)
+    assert torch.bfloat16 in seen["before"], "TRL casts no longer: `trainable_to_fp32` can go"
+    assert seen["after"] == {torch.float32}
+    assert run.moved() == {name for name, p in run.trainer.model.named_parameters() if p.requires_grad}
+    weights = load_file(run.folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_precision_guard(stage, train, parents, four_bit, tmp_path):
+    four_bit(stage, cast=False)
+    with pytest.raises(TypeError, match="trainable parameters are not float32.*bfloat16.*trainable_to_fp32"):
+        train(stage, tmp_path / stage, **parents(stage), dtype="float16", max_steps=2)
+
+
+# Gradient checkpointing
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradient_checkpointing(stage, train, parents, tmp_path):
+    """It is the non-reentrant one, and the first step's weights are those of a training without it."""
+    runs = []
+    for checkpointing in (True, False):
+        keys = {"gradient_checkpointing": checkpointing, "lora_dropout": 0.0, "load_best_model_at_end": False}
+        length = {"total_episodes": 8} if stage == "ppo" else {"max_steps": 2}
+        runs.append(train(stage, tmp_path / str(checkpointing), **parents(stage), **keys, **length))
+    layers = [
+        [m for m in run.trainer.model.modules() if getattr(m, "gradient_checkpointing", False)] for run in runs
+    ]
+    assert layers[0] and not layers[1]
+    for layer in layers[0]:
+        assert layer._gradient_checkpointing_func.keywords.get("use_reentrant") is False
+    with_, without = ([row["grad_norm"] for row in run.rows("metrics.jsonl") if "grad_norm" in row] for run in runs)
+    assert with_ == pytest.approx(without, rel=1e-5) and len(with_) >= 2
+    now = dict(runs[1].trainer.model.named_parameters())
+    for name in runs[0].moved():
+        parameter = dict(runs[0].trainer.model.named_parameters())[name]
+        torch.testing.assert_close(parameter, now[name], rtol=0, atol=1e-5)  # Adam's steps of 1e-2
+
+
+# Ranks
+
+
+def test_ranks_that_drifted_apart(monkeypatch, caplog):
+    model = torch.nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    told = {"args": None, "state": TrainerState(), "control": TrainerControl(), "model": model}
+    caplog.set_level(logging.INFO)
+    RanksAgree().on_save(**told)
+    before = caplog.messages[-1]
+    model.bias += 1
+    RanksAgree().on_train_end(**told)
+    assert caplog.messages[-1] == before  # the frozen weights are not looked at
+    with torch.no_grad():
+        model.weight += 1e-7
+    RanksAgree().on_train_end(**told)
+    assert caplog.messages[-1] != before
+    monkeypatch.setattr(rlhf.callbacks, "gather_object", lambda mine: [*mine, "another"])
+    with pytest.raises(RuntimeError, match="drifted apart.*another"):
+        RanksAgree().on_save(**told)

@@ -1,0 +1,212 @@
+"""`rlhf run`: what is planned, skipped, made anew, gone on with, and refused before anything starts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+import rlhf
+from rlhf.config import ConfigError, values_of
+from rlhf.files import read_jsonl, write_json
+from rlhf.pipeline import plan
+from rlhf.record import RunError, read_record
+
+ROOT = Path(__file__).parents[1]
+SHARED = {"seed": 3, "lora_r": 4, "lora_alpha": 8}
+TRAINING = {
+    "max_length": 256, "learning_rate": 1e-2, "max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1,
+    "save_steps": 2, "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_llama, dataset, tmp_path_factory):
+    """All stages but `base`, of seconds; as the shipped ones are written."""
+    folder = tmp_path_factory.mktemp("recipes") / "small"
+    folder.mkdir()
+    runs = "runs/small"
+    files = {
+        "recipe": {**SHARED, "model_name_or_path": str(tiny_llama), "dataset": f"{runs}/prepare"},
+        "prepare": {"source": "jsonl", "path": str(dataset / "dialogues_train.jsonl"), "heldout": 0.3},
+        "sft": TRAINING,
+        "reward": TRAINING,
+        "dpo": {**TRAINING, "sft_adapter": f"{runs}/sft"},
+        "ppo": {**TRAINING, "sft_adapter": f"{runs}/sft", "reward_adapter": f"{runs}/reward", "total_episodes": 8,
+                "num_ppo_epochs": 2, "response_length": 6},
+        "evaluate": {"systems": {"sft": f"{runs}/sft", "ppo": f"{runs}/ppo", "oracle": None}, "max_new_tokens": 6,
+                     "max_length": 256, "distinct_tokens": 10},
+        "tiny": {"sft": {"max_steps": 2}},
+    }  # fmt: skip
+    files["ppo"] = {key: value for key, value in files["ppo"].items() if key != "max_steps"}
+    for name, keys in files.items():
+        own = {} if name in ("recipe", "tiny") else {"output_dir": f"{runs}/{name}"}
+        if name not in ("recipe", "tiny", "prepare"):
+            own["extends"] = "recipe.yaml"
+        if name == "evaluate":
+            (folder / "evaluate_shared.yaml").write_text(
+                yaml.safe_dump({k: files["recipe"][k] for k in ("seed", "model_name_or_path", "dataset")})
+            )
+            own["extends"] = "evaluate_shared.yaml"
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**own, **keys}))
+    return folder
+
+
+@pytest.fixture
+def go(recipe, tmp_path):
+    """Run the recipe into this test's folder; what was said, by stage."""
+
+    def go(**keys):
+        lines = []
+        rlhf.run(recipe, output_dir=tmp_path / "run", say=lines.append, **keys)
+        return {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if "finished in" not in line}
+
+    return go
+
+
+def weights(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+# The plan
+
+
+@pytest.mark.parametrize(("name", "tiny"), [("demo", False), ("persona-chat", False), ("persona-chat", True)])
+def test_plan_of_the_shipped_recipes(name, tiny, tmp_path):
+    steps = plan(ROOT / "recipes" / name, tiny, None, tmp_path / "elsewhere", {"seed": "7"})
+    stages = [step.stage for step in steps]
+    assert stages == [s for s in ("prepare", "base", "sft", "reward", "dpo", "ppo", "evaluate") if s in stages]
+    assert {"prepare", "sft", "reward", "dpo", "ppo", "evaluate"} <= set(stages)
+    for step in steps:
+        values = values_of(step.configs)
+        assert step.folder == tmp_path / "elsewhere" / step.stage
+        assert step.stage == "base" or values["seed"] == 7
+        for key in {"dataset", "sft_adapter", "reward_adapter"} & values.keys():
+            assert Path(values[key]).parent == tmp_path / "elsewhere"
+    assert [step.stage for step in plan(ROOT / "recipes" / name, tiny, "sft", tmp_path, {})][-1] == "sft"
+
+
+def test_overlay_and_overrides(recipe, tmp_path):
+    def steps_of_sft(tiny, overrides):
+        (step,) = [s for s in plan(recipe, tiny, None, tmp_path, overrides) if s.stage == "sft"]
+        return step.configs[1].max_steps
+
+    assert steps_of_sft(False, {}) == 4
+    assert steps_of_sft(True, {}) == 2
+    assert steps_of_sft(True, {"sft.max_steps": 3, "reward.max_steps": 5}) == 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "problems"),
+    [
+        ({"learning_rat": 1}, ["`learning_rat` .--set.: no stage of this recipe knows it"]),
+        ({"sft.learning_rat": 1, "dpo.beta": "high"}, ["sft: `learning_rat`.*did you mean", "dpo: `beta`"]),
+        ({"ppo.max_steps": 4}, ["ppo: .*max_steps.*total_episodes"]),
+        ({"until": "deploy"}, ["`until`: 'deploy'"]),
+    ],
+)
+def test_problems_of_all_stages_before_the_first_starts(keys, problems, go, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        go(**keys)
+    assert len(error.value.problems) == len(problems)
+    for problem in problems:
+        assert error.match(problem)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_recipe(tmp_path):
+    with pytest.raises(ConfigError, match="is no recipe.*demo, persona-chat"):
+        rlhf.run(ROOT / "recipes" / "demmo", output_dir=tmp_path)
+
+
+# The runs
+
+
+def test_whole_recipe_and_a_second_run(go, tmp_path):
+    first = go()
+    stages = ["prepare", "sft", "reward", "dpo", "ppo", "evaluate"]
+    assert list(first) == [*stages, "report"] and all("nothing was made yet" in first[stage] for stage in stages)
+    run = tmp_path / "run"
+    assert (run / "report" / "index.html").is_file()
+    results = json.loads((run / "evaluate" / "ppo" / "results.json").read_text())
+    assert results["metrics"]["perplexity_token"]["value"] > 1 and results["run"]["system"] == "ppo"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "report" not in path.parts}
+    second = go()
+    assert all(second[stage].startswith("done") for stage in stages)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    # the folder may move: parents are named by relative paths
+    run.rename(tmp_path / "moved")
+    record = read_record(tmp_path / "moved" / "ppo")
+    assert (tmp_path / "moved" / "ppo" / record["parents"]["sft"]["path"] / "config.yaml").is_file()
+
+
+def test_a_changed_key_makes_the_stage_and_those_after_it_anew(go, tmp_path):
+    go(until="reward")
+    run = tmp_path / "run"
+    before = weights(run / "sft")
+    again = go(until="dpo", **{"sft.learning_rate": 2e-2})
+    assert again["prepare"].startswith("done") and again["reward"].startswith("done")
+    assert again["sft"].startswith("runs anew: its settings changed") and "nothing was made" in again["dpo"]
+    assert weights(run / "sft") != before and weights(run / "sft.previous") == before
+    third = go(until="dpo", **{"sft.learning_rate": 1e-2})  # the settings of DPO are as they were, but not its parent
+    assert third["sft"].startswith("runs anew: its settings") and third["dpo"].startswith("runs anew: 'sft' changed")
+    assert weights(run / "sft") == before and third["reward"].startswith("done")
+
+
+def test_data_made_anew(go, tmp_path):
+    go(until="sft")
+    again = go(until="sft", **{"prepare.train_pairs": 2})
+    assert again["prepare"].startswith("runs anew: its settings")
+    assert again["sft"].startswith("runs anew: 'prepare' changed")
+
+
+@pytest.mark.parametrize("status", ["failed", "running"])
+def test_an_interrupted_stage_goes_on(status, go, tmp_path):
+    go(until="sft")
+    sft = tmp_path / "run" / "sft"
+    whole, rows = weights(sft), read_jsonl(sft / "metrics.jsonl")
+    shutil.rmtree(sft / "checkpoint-4")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (sft / name).unlink()
+    write_json(sft / "metadata.json", read_record(sft) | {"status": status})
+    said = go(until="sft")
+    assert said["prepare"].startswith("done") and said["sft"].startswith("goes on from checkpoint-2")
+    assert weights(sft) == whole and read_record(sft)["status"] == "done"
+    losses = [(row["step"], row["loss"]) for row in read_jsonl(sft / "metrics.jsonl") if "loss" in row]
+    assert losses == [(row["step"], row["loss"]) for row in rows if "loss" in row]  # each step once
+    assert go(until="sft")["sft"].startswith("done")  # the checkpoint it went on from is no setting
+
+
+def test_stopped_before_its_first_checkpoint(go, tmp_path):
+    go(until="sft")
+    sft = tmp_path / "run" / "sft"
+    for checkpoint in sft.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    write_json(sft / "metadata.json", read_record(sft) | {"status": "failed"})
+    assert "stopped before its first checkpoint" in go(until="sft")["sft"]
+
+
+def test_missing_parent_names_the_command(recipe, tmp_path):
+    """A stage alone, as its script is started."""
+    from rlhf.pipeline import config_classes, parse
+    from rlhf.sft import main
+
+    (step,) = [s for s in plan(recipe, False, None, tmp_path / "run", {}) if s.stage == "sft"]
+    with pytest.raises(RunError, match=r"'prepare' is needed.*rlhf run recipes/<name> --until prepare"):
+        main(*parse(config_classes("sft"), step.argv, "sft"))
+
+
+def test_python_and_command_line_are_one(recipe, tmp_path):
+    from rlhf.cli import main
+
+    rlhf.run(recipe, True, "sft", tmp_path / "a", print, **{"sft.learning_rate": 2e-2, "lora_r": 8})
+    main(["run", str(recipe), "--tiny", "--until", "sft", "--output_dir", str(tmp_path / "b"),
+          "--set", "sft.learning_rate=2e-2", "--set", "lora_r=8"])  # fmt: skip
+    assert weights(tmp_path / "a" / "sft") == weights(tmp_path / "b" / "sft")
+    configs = [(tmp_path / name / "sft" / "config.yaml").read_text() for name in ("a", "b")]
+    assert configs[0].replace(str(tmp_path / "a"), "") == configs[1].replace(str(tmp_path / "b"), "")
+    assert {tensor.shape[0] for k, tensor in load_file(tmp_path / "a/sft/adapter_model.safetensors").items()
+            if "lora_A" in k} == {8}  # fmt: skip

@@ -1,0 +1,144 @@
+"""A stage's record: status, parents that are refused, log file, and the launch that is not what it seems."""
+
+import json
+import logging
+import re
+import shutil
+
+import pytest
+
+from rlhf.config import ConfigError, DataConfig, load_yaml
+from rlhf.files import folder_hash, write_json
+from rlhf.record import RunError, check_world_size, launch, read_record, stage
+
+
+def run_stage(folder, parents=None, **found):
+    with stage("sft", folder, [DataConfig(dataset="d")], seed=1, parents=parents) as record:
+        logging.getLogger("rlhf.test").info("inside")
+        assert read_record(folder)["status"] == "running"
+        record.update(found)
+
+
+def test_files_of_a_stage(tmp_path, dataset):
+    folder = tmp_path / "sft"
+    run_stage(folder, {"prepare": dataset}, tokens=7)
+    record = read_record(folder)
+    assert record["status"] == "done" and record["tokens"] == 7 and record["seed"] == 1
+    assert record["parents"]["prepare"]["hash"] == record["data_hash"] == folder_hash(dataset)
+    assert (folder / record["parents"]["prepare"]["path"]).resolve() == dataset.resolve()
+    assert not record["parents"]["prepare"]["path"].startswith("/")
+    assert record["hardware"]["processes"] == 1 and {"torch", "trl", "python"} <= record["versions"].keys()
+    assert record["started"] <= record["finished"] and record["wall_seconds"] >= 0 and record["peak_memory_gb"] > 0
+    assert record["cost"] == {"gpu_hours": 0.0, "rate_per_gpu_hour": 0.35, "total": 0.0}  # no GPU in the tests
+    assert load_yaml(folder / "config.yaml")[0]["dataset"] == "d"
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO rlhf.test: inside$",
+                     (folder / "training.log").read_text(), re.MULTILINE)  # fmt: skip
+    assert not any(type(handler) is logging.FileHandler for handler in logging.getLogger().handlers)
+
+
+def test_a_failure_is_recorded_and_raised(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with stage("sft", tmp_path / "sft", [], seed=1):
+            1 / 0  # noqa: B018
+    record = read_record(tmp_path / "sft")
+    assert record["status"] == "failed" and record["error"].startswith("ZeroDivisionError")
+    log = (tmp_path / "sft" / "training.log").read_text()
+    assert "ERROR rlhf.record: ZeroDivisionError" in log and "Traceback" in log
+
+
+def missing(folder):
+    shutil.rmtree(folder)
+
+
+def unfinished(folder):
+    write_json(folder / "metadata.json", read_record(folder) | {"status": "failed"})
+
+
+def changed(folder):
+    (folder / "prompts_train.jsonl").write_text("{}\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (missing, "'prepare' is needed.*rlhf run recipes/<name> --until prepare"),
+        (unfinished, "'prepare'.* is not finished"),
+        (changed, "not those that its record names.*Run the stage 'prepare' again"),
+    ],
+)
+def test_a_refused_parent_leaves_what_was_there(spoil, message, dataset, tmp_path):
+    data, folder = tmp_path / "prepare", tmp_path / "sft"
+    shutil.copytree(dataset, data)
+    run_stage(folder, {"prepare": data})
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    spoil(data)
+    with pytest.raises(RunError, match=message):
+        run_stage(folder, {"prepare": data})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not any(type(handler) is logging.FileHandler for handler in logging.getLogger().handlers)
+
+
+def test_a_stale_parent_is_refused(dataset, tmp_path):
+    """SFT was made from data that has since been made anew."""
+    data, sft = tmp_path / "prepare", tmp_path / "sft"
+    shutil.copytree(dataset, data)
+    run_stage(sft, {"prepare": data})
+    run_stage(tmp_path / "dpo", {"prepare": data, "sft": sft})
+    changed(data)
+    write_json(data / "metadata.json", read_record(data) | {"result_hash": folder_hash(data)})
+    with pytest.raises(RunError, match="'sft'.* is stale: it was made from another 'prepare'.*Run the stage 'sft' again"):
+        run_stage(tmp_path / "dpo", {"prepare": data, "sft": sft})
+
+
+@pytest.mark.parametrize("same_path", [False, True], ids=["another base", "the base was trained anew"])
+def test_a_foreign_adapter_is_refused(same_path, sft_run, train, tiny_llama, dataset, tmp_path):
+    """Another base of the same shape would take the adapter without a word."""
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    shared = {"dataset": dataset, "model_name_or_path": base}
+    parent = train("sft", tmp_path / "sft", max_steps=2, **shared).folder if same_path else sft_run.folder
+    train("dpo", tmp_path / "dpo", max_steps=2, sft_adapter=parent, **shared)  # the same weights, wherever they lie
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.lm_head.weight.data += 0.01
+    model.save_pretrained(base)
+    with pytest.raises(RunError, match="'sft'.* belongs to another base model"):
+        train("dpo", tmp_path / "dpo", max_steps=2, sft_adapter=parent, **shared)
+
+
+def test_launch_ends_in_a_message(capsys):
+    def main(config):
+        raise RunError("no parent")
+
+    with pytest.raises(SystemExit) as end:
+        launch(main, (DataConfig,), "sft", ["--dataset", "d"])
+    assert end.value.code == 2 and capsys.readouterr().err == "error: no parent\n"
+    with pytest.raises(SystemExit):
+        launch(main, (DataConfig,), "sft", ["--datset", "d"])
+    assert "did you mean `dataset`" in capsys.readouterr().err
+
+
+def test_launch_does_not_hide_defects():
+    def main(config):
+        raise KeyError("a defect")
+
+    with pytest.raises(KeyError):
+        launch(main, (DataConfig,), "sft", ["--dataset", "d"])
+    assert issubclass(ConfigError, ValueError) and issubclass(RunError, RuntimeError)
+
+
+def test_ranks_that_do_not_know_each_other(monkeypatch, tmp_path):
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    check_world_size(args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="started 2 processes .WORLD_SIZE.*a world of 1.*use_cpu: true"):
+        check_world_size(args)
+
+
+def test_metadata_is_json_without_nan(tmp_path):
+    folder = tmp_path / "sft"
+    run_stage(folder)
+    json.loads((folder / "metadata.json").read_text(), parse_constant=pytest.fail)

@@ -1,0 +1,124 @@
+"""`python -m evaluation run`: systems, rules, and the numbers that need a model."""
+
+import json
+import math
+import shutil
+
+import pytest
+
+from evaluation.run import main, rule_reply
+from rlhf.config import parse
+from rlhf.files import folder_hash, read_jsonl, write_json
+from rlhf.pipeline import config_classes
+from rlhf.record import RunError, read_record
+
+KEYS = {"max_new_tokens": 8, "max_length": 256, "distinct_tokens": 20, "batch_size": 4, "seed": 1}
+
+
+def evaluate(folder, dataset, model, systems, **keys):
+    values = {**KEYS, "dataset": dataset, "output_dir": folder, "model_name_or_path": model, **keys}
+    argv = [f"--{key}={value}" for key, value in values.items()] + ["--systems", json.dumps(systems)]
+    main(*parse(config_classes("evaluate"), argv, "evaluate"))
+    return {name: json.loads((folder / name / "results.json").read_text()) for name in systems}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_llama, dataset, sft_run, ppo_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated") / "evaluate"
+    systems = {"base": None, "sft": str(sft_run.folder), "ppo": str(ppo_run.folder), "oracle": None,
+               "wrong_persona": None, "silence": None}  # fmt: skip
+    return folder, evaluate(folder, dataset, tiny_llama, systems)
+
+
+def value(results, system, metric):
+    return results[system]["metrics"][metric]["value"]
+
+
+def test_record_and_rows(evaluated, sft_run, dataset):
+    folder, results = evaluated
+    assert read_record(folder)["status"] == "done" and {"prepare", "sft", "ppo"} == read_record(folder)["parents"].keys()
+    run = results["sft"]["run"]
+    assert run["adapter_hash"] == folder_hash(sft_run.folder) and run["data_hash"] == folder_hash(dataset)
+    assert run["system"] == "sft" and run["decoding"]["sampled"] == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    assert results["base"]["run"]["adapter"] is None and "perplexity_token" not in results["oracle"]["metrics"]
+    for name in results:
+        rows = read_jsonl(folder / name / "replies.jsonl")
+        assert [row["decoding"] for row in rows] == ["greedy"] * 18 + ["sampled"] * 9  # 9 dialogues, 9 probes twice
+        assert [row["correct"] is None for row in rows] == [True] * 9 + [False] * 18
+    for metric in results["sft"]["metrics"].values():
+        assert metric["ci_low"] <= metric["value"] <= metric["ci_high"] and metric["n"] > 0
+    assert {(row["decoding"], row["kind"]) for row in results["sft"]["breakdown"]} >= {
+        (decoding, kind)
+        for decoding in ("greedy", "sampled")
+        for kind in ("all", "direct", "false_suggestion", "true_suggestion")
+    }
+
+
+def test_rules_are_ceiling_and_floors(evaluated):
+    _, results = evaluated
+    assert value(results, "oracle", "persona_consistency") == 1
+    assert value(results, "oracle", "bleu") == pytest.approx(100)  # it says the reference
+    # The next of the nine characters never has the same pet, but says "no" to a wrong suggestion as it should.
+    assert value(results, "wrong_persona", "persona_consistency") == 0
+    assert value(results, "silence", "persona_consistency") == 0 and value(results, "silence", "length_words") == 0
+
+
+def test_perplexity_is_the_trainers(evaluated, sft_run, ppo_run):
+    """The trainer's own held-out loss is over the same replies: one turn or two, each with its stop token."""
+    _, results = evaluated
+    best = min(row["eval_perplexity"] for row in sft_run.rows("metrics.jsonl") if "eval_perplexity" in row)
+    assert value(results, "sft", "perplexity_token") == pytest.approx(best, rel=1e-4)  # float32, other batches
+    assert value(results, "base", "perplexity_token") > value(results, "sft", "perplexity_token")
+    assert value(results, "ppo", "perplexity_token") != value(results, "sft", "perplexity_token")
+
+
+def test_kl_to_the_reference(evaluated):
+    """On 9 samples of at most 8 tokens; a model against itself is exactly 0."""
+    _, results = evaluated
+    assert value(results, "sft", "kl_reference") == 0
+    assert math.isfinite(value(results, "ppo", "kl_reference")) and value(results, "ppo", "kl_reference") != 0
+    assert "kl_reference" not in results["base"]["metrics"]
+
+
+def test_a_system_does_not_depend_on_the_others(evaluated, tiny_llama, dataset, sft_run, tmp_path):
+    folder, results = evaluated
+    evaluate(tmp_path / "alone", dataset, tiny_llama, {"sft": str(sft_run.folder)})
+    rows, alone = (read_jsonl(path / "sft" / "replies.jsonl") for path in (folder, tmp_path / "alone"))
+    assert rows == alone
+
+
+def test_data_without_probes(tiny_llama, dataset, tmp_path):
+    data = tmp_path / "prepare"
+    shutil.copytree(dataset, data)
+    (data / "probes.jsonl").unlink()
+    write_json(data / "metadata.json", read_record(data) | {"result_hash": folder_hash(data)})
+    results = evaluate(tmp_path / "evaluate", data, tiny_llama, {"base": None, "oracle": None}, max_dialogues=3)
+    for name in ("base", "oracle"):
+        assert "persona_consistency" not in results[name]["metrics"] and results[name]["breakdown"] == []
+        assert results[name]["run"]["not_scored"]["persona_consistency"] == "the data has no probes.jsonl"
+        assert len(read_jsonl(tmp_path / "evaluate" / name / "replies.jsonl")) == 3
+
+
+def test_a_changed_adapter_is_refused(tiny_llama, dataset, sft_run, tmp_path):
+    adapter = tmp_path / "sft"
+    shutil.copytree(sft_run.folder, adapter)
+    write_json(adapter / "metadata.json", read_record(adapter) | {"parents": {}})
+    shutil.copy(sft_run.folder / "checkpoint-6" / "optimizer.pt", adapter / "adapter_model.safetensors")
+    with pytest.raises(RunError, match="not those that its record names"):
+        evaluate(tmp_path / "evaluate", dataset, tiny_llama, {"sft": str(adapter)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "foil", "persona", "reply"),
+    [
+        ("direct", None, "dog", "i have a dog ."),
+        ("true_suggestion", None, "dog", "yes , i have a dog ."),
+        ("false_suggestion", "cat", "dog", "no , i have a dog ."),
+        ("false_suggestion", "cat", "cat", "yes , i have a cat ."),  # right for the other persona
+        ("direct", None, None, "i do not know ."),
+    ],
+)
+def test_rule_reply(kind, foil, persona, reply):
+    probe = {"kind": kind, "slot": "pet", "value": "dog", "foil": foil}
+    values = {"pet": persona} if persona else {}
+    assert rule_reply(probe, {"persona": [f"i have a {persona} ."], "persona_values": values}) == reply
