@@ -145,7 +145,9 @@ def _claim_cell(system: System) -> Cell:
 def headline_table(systems: list[System]) -> Table:
     """Persona consistency of every system, with what may be claimed and whether the guards hold."""
     columns = ["System", "Greedy", "95 % interval", "Sampled", "≥ 85 %", "Guards"]
-    rows = []
+    rows: list[list[Cell]] = []
+    if not any(HEADLINE in system.metrics for system in systems):
+        return Table(columns, rows)
     for system in systems:
         score = system.metrics.get(HEADLINE)
         rows.append(
@@ -173,6 +175,17 @@ def strip(system: System, systems: list[System]) -> dict[str, Any]:
         "lines": [100 * line for line in lines],
         "hue": hue_of(system, systems),
     }
+
+
+def without_headline(systems: list[System]) -> str:
+    """What to say first where no trained system has a consistency: why, and the held-out perplexity."""
+    reasons = {s.record.get("not_scored", {}).get(HEADLINE) for s in systems} - {None}
+    text = "No trained system has a persona consistency" + (f": {', '.join(sorted(reasons))}." if reasons else ".")
+    scored = [(s.label, s.metrics["perplexity_token"]) for s in systems if "perplexity_token" in s.metrics]
+    if scored:
+        values = ", ".join(f"{label} {plain(score.value)} ({plain_interval(score)})" for label, score in scored)
+        text += f" Perplexity a token on held-out replies, with 95 % intervals: {values}."
+    return text
 
 
 def find_lead(systems: list[System]) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ from evaluation.headline import (
     share_cell,
     span,
     strip,
+    without_headline,
 )
 from evaluation.results import Score, Stage, System, finite, load_runs, ordered
 from rlhf.files import write_bytes
@@ -70,6 +71,7 @@ def write_report(runs: list[Path], output: Path) -> Path:
     page = {
         "title": "Benchmark report: " + ", ".join(dict.fromkeys(Path(run).resolve().name for run in runs)),
         "lead": lead,
+        "without_headline": without_headline(systems),
         "headline": headline_table(systems),
         "strips": [strip(system, systems) for system in systems],
         "sections": sections,
@@ -409,7 +411,7 @@ def _markdown(page: dict[str, Any]) -> str:
         ]
         lines[-1] += f"n = {lead['n']}, greedy), against {_md(beside) or 'no other system'}. {_md(lead['verdict'])}\n"
     else:
-        lines += ["No trained system has a persona consistency.", ""]
+        lines += [_md(page["without_headline"]), ""]
     if page["headline"].rows:
         lines += ["## Persona consistency", "", *_md_table(page["headline"])]
     if page["missing"]:

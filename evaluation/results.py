@@ -73,6 +73,8 @@ def load_runs(runs: list[Path]) -> tuple[list[System], list[Stage], list[str]]:
         prefix = f"{title} / " if len(runs) > 1 else ""
         records = (*run.glob("*/metadata.json"), *run.glob("*/metrics.jsonl"))
         for name in ordered(STAGES[:-1], (path.parent.name for path in records), STAGES[-1:]):
+            if name == "base" and not (run / name).is_dir():
+                continue  # a recipe on somebody's pretrained model has no such stage
             metadata = _read_json(run, f"{name}/metadata.json", prefix, missing)
             trains = name not in ("prepare", "evaluate")
             log = _read_lines(run, f"{name}/metrics.jsonl", prefix, missing) if trains else []
@@ -105,7 +107,7 @@ def _system(run: Path, title: str, name: str, results: dict[str, Any], prefix: s
     missing += [
         f"{prefix}no finite value of {metric} in {folder}/results.json" for metric, s in scores.items() if s is None
     ]
-    if HEADLINE not in scores:
+    if HEADLINE not in scores and HEADLINE not in results.get("run", {}).get("not_scored", {}):
         missing.append(f"{prefix}no {HEADLINE} in {folder}/results.json")
     metrics = {metric: score for metric, score in scores.items() if score}
     breakdown = [

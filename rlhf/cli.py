@@ -68,15 +68,16 @@ def _chat(arguments: argparse.Namespace) -> None:
     from rlhf.persona import Persona, with_persona
     from rlhf.record import RunError, read_record
 
-    record = read_record(arguments.adapter)
-    if record is None or "model_name_or_path" not in record:
-        raise RunError(
-            f"{arguments.adapter} is no run of a training stage: it has no metadata.json that names a base."
-        )
+    candidates = [arguments.adapter, *(arguments.adapter / stage for stage in ("ppo", "dpo", "sft"))]
+    folder = next((path for path in candidates if (path / "adapter_config.json").is_file()), None)
+    record = read_record(folder) if folder else None
+    if folder is None or record is None or "model_name_or_path" not in record:
+        raise RunError(f"{arguments.adapter} is neither a run of a recipe nor a training stage of one.")
+    print(f"adapter: {folder}")
     tokenizer = load_tokenizer(record["model_name_or_path"])
     model = load_base(ModelConfig(model_name_or_path=record["model_name_or_path"]), tokenizer)
-    model = with_adapter(model, arguments.adapter, "default")
-    facts = arguments.fact or _some_persona(arguments.adapter / record["parents"]["prepare"]["path"])
+    model = with_adapter(model, folder, "default")
+    facts = arguments.fact or _some_persona(folder / record["parents"]["prepare"]["path"])
     persona = Persona(tuple(facts))
     print("persona: " + " ".join(persona.facts))
     print("(an empty line ends the chat)")

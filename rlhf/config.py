@@ -638,8 +638,15 @@ def _fill_machine(
     """Set device and precision where nobody did; return a problem for each thing asked of a machine that lacks it.
 
     This must come before a TrainingArguments is built: TRL's sets bf16 unless fp16 is given, and then raises on a CPU.
+    A base is loaded in what it is trained in: TRL's default for `dtype` is float32 on every machine.
     """
+
+    def fill(filled: Mapping[str, Any]) -> None:
+        for cls, own in fields.items():
+            values[cls].update({key: value for key, value in filled.items() if key in own and key not in given})
+
     if not any("use_cpu" in own or "bf16" in own for own in fields.values()):
+        fill({"dtype": "auto"})  # nothing is trained here, so `rlhf.model.load_base` chooses
         return []
     machine = _machine_defaults()
     asked = {key: value for own in values.values() for key, value in own.items() if key in ("use_cpu", "bf16", "fp16")}
@@ -660,8 +667,7 @@ def _fill_machine(
     filled = {**machine, "use_cpu": on_cpu}
     if on_cpu or "bf16" in asked or "fp16" in asked:  # naming one of the two settles the other
         filled |= {"bf16": False, "fp16": False}
-    for cls, own in fields.items():
-        for key, value in filled.items():
-            if key in own and key not in given:
-                values[cls][key] = value
+    precision = {**filled, **asked}
+    filled["dtype"] = "float16" if precision["fp16"] else "bfloat16" if precision["bf16"] else "float32"
+    fill(filled)
     return problems

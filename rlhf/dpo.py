@@ -62,7 +62,6 @@ class PersonaDPOTrainer(DPOTrainer):
         return result
 
 
-
 def main(
     data_args: DataConfig,
     pair_args: PairConfig,

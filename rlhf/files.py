@@ -60,12 +60,11 @@ def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
+        if type(rows[-1]) is not dict:
             raise ValueError(f"{path}:{number} is not a JSON object: {line[:60]}")
-        rows.append(row)
     return rows
 
 

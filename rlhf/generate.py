@@ -15,8 +15,9 @@ def generation_config(
 ) -> GenerationConfig:
     """Sampling from the full distribution at `temperature`, or greedy decoding at 0.
 
-    The settings that ship with a model (Qwen's top-k, top-p and repetition penalty) are left out: they would make the
-    log-probabilities of PPO those of another distribution, and the evaluation one of the settings.
+    The settings that ship with a model (Qwen's top-k, top-p and repetition penalty) are left out, here and by
+    [`rlhf.model.load_base`]: they would make the log-probabilities of PPO those of another distribution, and the
+    evaluation one of the settings.
     """
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -57,10 +58,10 @@ def sample_ids(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
 def inference(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients or gradient checkpointing, which would turn the key-value cache off.
 
-    Afterwards the mode of training is as it was. The checkpointing flag is set module by module, since turning it off
+    Afterwards every module is in the mode that it was in. The checkpointing flag is set module by module, since turning it off
     and on by the model's own methods would hang the input hooks of PEFT anew each time.
     """
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in checkpointed:
         module.gradient_checkpointing = False
@@ -69,7 +70,8 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for module, mode in training:
+            module.training = mode
         for module in checkpointed:
             module.gradient_checkpointing = True
 

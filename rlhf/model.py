@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -63,12 +64,13 @@ def machine_defaults() -> dict[str, bool]:
 
 def check_attention(attn_implementation: str | None) -> None:
     """Raise a ValueError where FlashAttention 2 is asked for on a card that cannot run it (capability below 8.0)."""
-    if attn_implementation and attn_implementation.startswith("flash_attention"):
-        if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
-            raise ValueError(
-                f"`attn_implementation` is {attn_implementation!r}, which needs a GPU of compute capability 8.0 or "
-                "higher (a T4 has 7.5). Use `sdpa`."
-            )
+    if not (attn_implementation or "").startswith("flash_attention"):
+        return
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        raise ValueError(
+            f"`attn_implementation` is {attn_implementation!r}, which needs a GPU of compute capability 8.0 or "
+            "higher (a T4 has 7.5). Use `sdpa`."
+        )
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -77,7 +79,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(args: ModelConfig, tokenizer: PreTrainedTokenizerBase, reward: bool = False) -> PreTrainedModel:
-    """The frozen base model, in this machine's precision.
+    """The frozen base model, in this machine's precision and on this process' GPU where it has one.
 
     Args:
         args: `model_name_or_path`, `model_revision`, `dtype`, `attn_implementation` and the 4-bit flags are read.
@@ -111,8 +113,13 @@ def load_base(args: ModelConfig, tokenizer: PreTrainedTokenizerBase, reward: boo
         model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, num_labels=1, **kwargs)
     else:
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **kwargs)
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        # A new one: `generate` fills what a caller leaves open from here, so that a repetition penalty which ships
+        # with the model would reach PPO's rollouts and the evaluation.
+        model.generation_config = GenerationConfig(
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        )
+    if not args.load_in_4bit and PartialState().device.type == "cuda":
+        model.to(PartialState().device)  # trainers would do this, evaluation and chat have nobody else for it
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     logger.info("Base model %s: %s", args.model_name_or_path, here.reason)

@@ -6,12 +6,13 @@ One thread and a schedule in steps make the result bit-reproducible on one kind 
 """
 
 import io
+import json
 import logging
 import math
 import random
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from rlhf.data import world
 from rlhf.files import folder_hash, write_bytes, write_jsonl
-from rlhf.record import launch, stage
+from rlhf.record import RunError, launch, stage
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class PretrainConfig:
         intermediate_size: width of its MLPs.
         num_hidden_layers: its depth.
         num_attention_heads: heads a layer.
-        initializer_range: standard deviation of the initial weights; with the usual 0.02 look-up is learned much later.
+        initializer_range: standard deviation of the initial weights; with the usual 0.02 look-up comes much later.
         matching_heads: heads in each of the first two layers that begin with equal query and key projections.
         eval_steps: a row of metrics.jsonl every so many steps.
         save_steps: a checkpoint to resume from every so many steps.
@@ -334,12 +335,35 @@ def _train(config: PretrainConfig) -> dict[str, Any]:
     return rows[-1]
 
 
-def main(config: PretrainConfig) -> None:
-    """Run the stage inside its folder, with a record."""
+@dataclass
+class BaseConfig(PretrainConfig):
+    """The base stage: by default the model that is shipped, checked against its record; trained again on request."""
+
+    retrain: bool = field(default=False, metadata={"help": "Train it again, instead of using the shipped one."})
+    shipped: str | None = field(default=None, metadata={"help": "Folder of the shipped model.", "path": True})
+
+
+def main(config: BaseConfig) -> None:
+    """Run the stage inside its folder, with a record.
+
+    Raises:
+        RunError: if there is no shipped model, or it is not the one that its record names.
+    """
     with stage("base", config.output_dir, [config], config.seed, config.log_level) as record:
-        record.update(train(config))
-        record["result_hash"] = folder_hash(config.output_dir)
+        if config.retrain:
+            record.update(train(PretrainConfig(**{f.name: getattr(config, f.name) for f in fields(PretrainConfig)})))
+            record["result_hash"] = folder_hash(config.output_dir)
+            return
+        if config.shipped is None or not (Path(config.shipped) / "record.json").is_file():
+            raise RunError(f"`shipped` is {config.shipped!r}, which holds no model with a record.json. Set `retrain`.")
+        known = json.loads((Path(config.shipped) / "record.json").read_text())
+        if folder_hash(config.shipped) != known["result_hash"]:
+            raise RunError(
+                f"The weights in {config.shipped} are not those of its record.json. Restore them, or retrain."
+            )
+        logger.info("the shipped model is used: trained for %d steps in %.0f s", known["steps"], known["seconds"])
+        record["shipped"] = known
 
 
 if __name__ == "__main__":
-    launch(main, (PretrainConfig,), "base")
+    launch(main, (BaseConfig,), "base")

@@ -140,16 +140,20 @@ def model_card(record: Mapping[str, Any]) -> str:
     lines = [
         f"# {record['stage']} adapter on {record.get('model_name_or_path')}",
         "",
-        f"A LoRA adapter ({record.get('trainable_parameters', 0):,} parameters) trained by the stage "
-        f"`{record['stage']}`, which ended as {record['status']!r} on {record['finished']}.",
+        (
+            f"A LoRA adapter ({record.get('trainable_parameters', 0):,} parameters) trained by the stage "
+            f"`{record['stage']}`, which ended as {record['status']!r} on {record['finished']}."
+        ),
         "",
         f"- Data: {record.get('num_examples', 0):,} rows of {data.get('path')}, hash {data.get('hash', '')[:16]}",
         *(
             f"- Made from `{name}`: {link['path']}, hash {link['hash'][:16]}"
             for name, link in record["parents"].items()
         ),
-        f"- Seed {record['seed']}, {record['wall_seconds']:.0f} s on {record['hardware']['gpus'] or 'CPU'}, commit "
-        f"{record['git_commit']}",
+        (
+            f"- Seed {record['seed']}, {record['wall_seconds']:.0f} s on {record['hardware']['gpus'] or 'CPU'}, commit "
+            f"{record['git_commit']}"
+        ),
         f"- Versions: {', '.join(f'{name} {version}' for name, version in record['versions'].items())}",
         "",
         "Every setting is in config.yaml, the curves are in metrics.jsonl and curves.png, replies during training in",

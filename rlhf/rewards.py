@@ -86,7 +86,8 @@ def check_reward_card(model: PreTrainedModel, folder: str | Path) -> float:
     card = json.loads((Path(folder) / "reward_card.json").read_text())
     rows = card["rows"]
     scores = score_ids(model, [row["ids"] for row in rows])
-    furthest = max(abs(score - row["reward"]) for score, row in zip(scores, rows, strict=True))
+    stored = torch.tensor([row["reward"] for row in rows])
+    furthest = (torch.tensor(scores) - stored).abs().max().item()  # NaN if one of them is, unlike Python's max
     if card["eval_rank_accuracy_low"] <= 0.5:
         logger.warning(
             "The reward model in %s ranks held-out pairs no better than chance (%.2f, lower bound %.2f): its reward "
@@ -109,8 +110,11 @@ def load_reward_function(name: str) -> RewardFunction:
     """
     module_name, _, function_name = name.partition(":")
     try:
-        return getattr(import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+        function = getattr(import_module(module_name), function_name)
+        if not callable(function):
+            raise TypeError(f"{function_name} is no function")
+        return function
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
             f"`reward_function` is {name!r}; write it as `module:function`, for example "
             f"`rlhf.rewards:persona_rule` ({error})."

@@ -134,10 +134,10 @@ def _character(number: int) -> tuple[str, str, list[str]]:
     return pet, food, [f"i have a {pet} .", f"i like {food} ."]
 
 
-def _question(number: int) -> dict:
+def _question(number: int, kind: str) -> dict:
     """A question about the pet, with the columns that a rule needs to judge the reply."""
     pet, food, persona = _character(number)
-    kind, foil = KINDS[number % 3], PETS[(number + 1) % 4]
+    foil = PETS[(number + 1) % 4]
     asked = {"direct": "what pet do you have ?", "false_suggestion": f"do you have a {foil} ?",
              "true_suggestion": f"do you have a {pet} ?"}[kind]  # fmt: skip
     opening = {"direct": "", "false_suggestion": "no , ", "true_suggestion": "yes , "}[kind]
@@ -158,7 +158,7 @@ def _said(role: str, content: str) -> dict[str, str]:
 def _rows(numbers: range) -> dict[str, list[dict]]:
     dialogues, pairs, prompts, probes = [], [], [], []
     for number in numbers:
-        row = _question(number)
+        row = _question(number, KINDS[number % 3])
         reply = row.pop("reply")
         food = row["persona_values"]["food"]
         more = [_said("user", "what do you like ?"), _said("assistant", f"i like {food} .")][: 2 * (number % 2)]
@@ -166,13 +166,18 @@ def _rows(numbers: range) -> dict[str, list[dict]]:
         shared = {key: row[key] for key in ("persona", "dialogue_id")}
         dialogues.append({**shared, "messages": messages, "source": "test"})
         # Every third rejected reply is as long as the chosen one, the others are longer and shorter in turn.
-        wrong = (reply.replace(row["value"], "cow"), "well , who can say what i have , not me .", "yes .")[number // 3 % 3]
+        wrong = (reply.replace(row["value"], "cow"), "well , who can say what i have , not me .", "yes .")[
+            number // 3 % 3
+        ]
         pairs.append({**shared, "prompt": row["prompt"], "chosen": [_said("assistant", reply)],
                       "rejected": [_said("assistant", wrong)], "kind": row["kind"]})  # fmt: skip
         prompts.append({**row, "reference": reply})
-        probe = {key: row[key] for key in row if key not in ("prompt", "dialogue_id")}
-        probes.append({**probe, "probe_id": f"p{number}", "persona_id": f"c{number}", "fact_id": f"c{number}/pet",
-                       "history": [], "question": row["prompt"][0]["content"], "turn": 0, "split": "seen"})  # fmt: skip
+        for kind in KINDS:
+            asked = _question(number, kind)
+            probe = {key: asked[key] for key in asked if key not in ("prompt", "reply", "dialogue_id")}
+            probes.append({**probe, "probe_id": f"p{number}/{kind}", "persona_id": f"c{number}",
+                           "fact_id": f"c{number}/pet", "history": [], "question": asked["prompt"][0]["content"],
+                           "turn": 0, "split": "seen"})  # fmt: skip
     return {"dialogues": dialogues, "preferences": pairs, "prompts": prompts, "probes": probes}
 
 

@@ -74,7 +74,7 @@ def test_metrics_and_samples(run):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_best_and_the_last_checkpoints_stay(stage, train, parents, tmp_path):
-    """"Best" is turned round here, so that it is not the last one."""
+    """ "Best" is turned round here, so that it is not the last one."""
     run = train(
         stage, tmp_path / stage, **parents(stage), save_total_limit=2, metric_for_best_model="eval_loss",
         greater_is_better=True, **({"learning_rate": 3e-2} if stage != "reward" else {}),
@@ -154,7 +154,9 @@ def four_bit(monkeypatch):
 
         def spy(model):
             seen["before"] = {p.dtype for p in model.parameters() if p.requires_grad}
-            model.get_base_model().is_loaded_in_4bit = False  # else the Trainer's count of operations wants bitsandbytes
+            model.get_base_model().is_loaded_in_4bit = (
+                False  # else the Trainer's count of operations wants bitsandbytes
+            )
             number = trainable_to_fp32(model) if cast else 0
             seen["after"] = {p.dtype for p in model.parameters() if p.requires_grad}
             return number
@@ -195,9 +197,7 @@ def test_gradient_checkpointing(stage, train, parents, tmp_path):
         keys = {"gradient_checkpointing": checkpointing, "lora_dropout": 0.0, "load_best_model_at_end": False}
         length = {"total_episodes": 8} if stage == "ppo" else {"max_steps": 2}
         runs.append(train(stage, tmp_path / str(checkpointing), **parents(stage), **keys, **length))
-    layers = [
-        [m for m in run.trainer.model.modules() if getattr(m, "gradient_checkpointing", False)] for run in runs
-    ]
+    layers = [[m for m in run.trainer.model.modules() if getattr(m, "gradient_checkpointing", False)] for run in runs]
     assert layers[0] and not layers[1]
     for layer in layers[0]:
         assert layer._gradient_checkpointing_func.keywords.get("use_reentrant") is False

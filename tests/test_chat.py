@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -187,7 +187,9 @@ DIALOGUES = {
 def test_ids_are_the_template_s_own(tokenizer, dialogue):
     """All four templates render earlier turns alike, and no token spans the border of a reply in these dialogues."""
     for messages, prompt in ((dialogue, False), (dialogue[:-1], True)):
-        expected = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=prompt, return_dict=True)
+        expected = tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=prompt, return_dict=True
+        )
         assert render(messages, tokenizer, add_generation_prompt=prompt)["input_ids"] == expected["input_ids"]
 
 
@@ -212,7 +214,8 @@ def test_every_prompt_is_a_prefix_of_the_dialogue_whatever_the_reply_begins_with
 @pytest.mark.parametrize("dialogue", DIALOGUES.values(), ids=DIALOGUES)
 def test_what_is_masked_reads_as_the_replies(tokenizer, dialogue):
     rendered = render(dialogue, tokenizer)
-    runs, before = [], 0
+    runs: list[list[int]] = []
+    before = 0
     for id, mask in zip(rendered["input_ids"], rendered["assistant_mask"], strict=True):
         if mask:
             runs = [*runs, []] if not before else runs
@@ -233,26 +236,28 @@ def test_an_opening_line_without_anything_before_it_is_context(tokenizer):
     assert tokenizer.decode(ids[:-1]).strip() == "i am a teacher ." and ids[-1] == tokenizer.eos_token_id
 
 
+_TURN = "{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}"
+_OPENING = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+
+
 @pytest.mark.parametrize(
     "template",
     [
         # the reasoning of earlier turns goes, as in Qwen3's
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
-        "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'].split('</think>')[0 if loop.last else -1]"
+        " + eos_token }}{% endfor %}" + _OPENING,
         # the number of turns stands in front
-        "{{ messages | length }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+        "{{ messages | length }}{% for m in messages %}" + _TURN + "{% endfor %}" + _OPENING,
         # the prompt opens a reply otherwise than the dialogue does
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}",
+        "{% for m in messages %}" + _TURN + "{% endfor %}" + _OPENING.replace("assistant", "bot"),
     ],
+    ids=["earlier turns", "length", "opening"],
 )
 def test_a_template_that_renders_earlier_turns_differently_is_refused(template):
     tokenizer = llama_tokenizer()
     tokenizer.chat_template = template
     prepare_tokenizer(tokenizer)
-    dialogue = [DIALOGUE[1], {"role": "assistant", "content": "<think>hm</think>i am"}, *DIALOGUE[3:]]
+    dialogue = [DIALOGUE[1], {"role": "assistant", "content": "<think>hm , well</think>i am"}, *DIALOGUE[3:]]
     with pytest.raises(ChatTemplateError, match="template"):
         render(dialogue, tokenizer)
 
@@ -312,7 +317,12 @@ def control(tokenizer, ids: list[int]) -> list:
     return [special, [text.count(tag) for tag in tags]]
 
 
-@given(texts=st.lists(st.lists(st.sampled_from(HOSTILE) | st.text(max_size=3), max_size=6).map("".join), min_size=5, max_size=5))
+@settings(deadline=None, max_examples=60)
+@given(
+    texts=st.lists(
+        st.lists(st.sampled_from(HOSTILE) | st.text(max_size=3), max_size=6).map("".join), min_size=5, max_size=5
+    )
+)
 @pytest.mark.parametrize("name", MAKERS)
 def test_text_never_becomes_a_control_token(tokenizers, name, texts):
     tokenizer = tokenizers[name]

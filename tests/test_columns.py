@@ -4,10 +4,9 @@ import json
 import logging
 
 import pytest
-from datasets import Dataset
 
 from rlhf.chat import render
-from rlhf.data.columns import load_rows, preference_columns, prompt_columns, reward_columns, sft_columns
+from rlhf.data.columns import load_rows, preference_columns, prompt_columns, reward_columns, sft_columns, swap_labels
 from rlhf.model import load_tokenizer
 from rlhf.persona import Persona, render_prompt
 
@@ -151,5 +150,13 @@ def test_rows_are_loaded_up_to_the_limit(tmp_path):
         load_rows(tmp_path / "none.jsonl")
 
 
-def test_columns_are_a_dataset(tokenizer):
-    assert isinstance(prompt_columns([MESSAGE_ROW], tokenizer, 512), Dataset)
+def test_labels_are_swapped_for_a_random_share():
+    rows = [{"chosen": number, "rejected": -number, "kind": "k"} for number in range(1, 401)]
+    swapped = swap_labels(rows, share=0.25, seed=1)
+    wrong = [row["chosen"] < 0 for row in swapped]
+    assert 60 <= sum(wrong) <= 140  # 100, five standard deviations of the binomial are 43
+    assert [{abs(row["chosen"]), abs(row["rejected"])} for row in swapped] == [{row["chosen"]} for row in rows]
+    assert all(row["chosen"] == -row["rejected"] and row["kind"] == "k" for row in swapped)
+    assert swapped == swap_labels(rows, share=0.25, seed=1) != swap_labels(rows, share=0.25, seed=2)
+    assert swap_labels(rows, share=0.0, seed=1) == rows
+    assert all(row["chosen"] < 0 for row in swap_labels(rows, share=1.0, seed=1))

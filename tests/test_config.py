@@ -75,7 +75,7 @@ def test_file_then_command_line_and_both_spellings(tmp_path):
 
 def test_defaults_are_the_classes_own():
     (model,) = parse((ModelConfig,), [])
-    assert model == ModelConfig()
+    assert model == ModelConfig(dtype="auto")  # but for the precision, which is the machine's
 
 
 def test_argv_none_reads_the_program_s_own(monkeypatch):
@@ -370,6 +370,43 @@ def test_the_machine_fills_what_nobody_names(monkeypatch, machine, argv, expecte
 def test_what_the_machine_cannot_do_is_refused_by_name(monkeypatch, machine, argv, start):
     monkeypatch.setattr(config, "_machine_defaults", lambda: machine)
     assert problems((Device,), argv)[0].startswith(start)
+
+
+@dataclasses.dataclass
+class Base:
+    """ModelConfig's dtype with TRL's default, which is float32 on every machine."""
+
+    dtype: str | None = "float32"
+
+
+@pytest.mark.parametrize(
+    ("machine", "argv", "expected"),
+    [
+        (CPU, [], "float32"),
+        (T4, [], "float16"),
+        (T4, ["--use_cpu=true"], "float32"),
+        (T4, ["--fp16=false"], "float32"),
+        (T4, ["--dtype=float32"], "float32"),
+        (A100, [], "bfloat16"),
+        (A100, ["--fp16=true"], "float16"),
+        (A100, ["--dtype=auto"], "auto"),
+    ],
+)
+def test_a_base_is_loaded_in_what_it_is_trained_in(monkeypatch, machine, argv, expected):
+    monkeypatch.setattr(config, "_machine_defaults", lambda: machine)
+    assert parse((Device, Base), argv)[1].dtype == expected
+
+
+def test_a_base_that_is_not_trained_is_loaded_in_the_machine_s_precision():
+    assert parse((Loop, Base), [])[1].dtype == "auto"
+    assert ModelConfig().dtype == "float32"  # what `auto` saves a T4 from
+
+
+def test_an_accelerator_that_is_not_the_default_may_be_asked_for(monkeypatch):
+    """Apple silicon: trained on the CPU unless a recipe says otherwise."""
+    monkeypatch.setattr(config, "_has_accelerator", lambda: True)
+    assert parse((Device,), []) == (Device(use_cpu=True, bf16=False, fp16=False),)
+    assert parse((Device,), ["--use_cpu=false"]) == (Device(use_cpu=False, bf16=False, fp16=False),)
 
 
 def test_this_machine_answers_what_the_parser_asks():

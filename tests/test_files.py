@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 
@@ -31,8 +32,12 @@ def test_folders_are_made_and_bytes_kept(tmp_path):
     assert (tmp_path / "a" / "b" / "x.bin").read_bytes() == b"\r\n\xff"
 
 
+def write_two(path: Path, row: dict) -> None:
+    write_jsonl(path, [{"loss": 1.0}, row])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("write", [write_json, lambda path, value: write_jsonl(path, [{"loss": 1.0}, value])])
+@pytest.mark.parametrize("write", [write_json, write_two])
 def test_what_is_no_json_is_refused_and_the_old_file_stays(tmp_path, write, value):
     path = tmp_path / "results.json"
     write_text(path, "old")
@@ -42,7 +47,7 @@ def test_what_is_no_json_is_refused_and_the_old_file_stays(tmp_path, write, valu
 
 
 def test_rows_come_back_as_they_were(tmp_path):
-    rows = [{"content": "a\u2028b\r\nc \u00e9\u6f22\U0001f600"}, {"content": ""}, {"n": [1, None, True]}]
+    rows: list[dict] = [{"content": "a\u2028b\r\nc \u00e9\u6f22\U0001f600"}, {"content": ""}, {"n": [1, None, True]}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert read_jsonl(tmp_path / "rows.jsonl") == rows
     assert read_jsonl(tmp_path / "rows.jsonl", limit=2) == rows[:2]

@@ -136,9 +136,10 @@ def test_saving_leaves_the_other_roles_out(sft_folder, tmp_path):
     model = with_adapter(model, sft_folder, "reference")
     save_adapter(model, tmp_path / "again")
     assert not (tmp_path / "again" / "reference").exists()
-    assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == load_file(
-        sft_folder / "adapter_model.safetensors"
-    ).keys()
+    assert (
+        load_file(tmp_path / "again" / "adapter_model.safetensors").keys()
+        == load_file(sft_folder / "adapter_model.safetensors").keys()
+    )
     assert adapter_hash(tmp_path / "again") == adapter_hash(sft_folder)
 
 
@@ -242,9 +243,13 @@ def test_set_trainable_trains_one_adapter_alone(three_roles):
 
 @pytest.mark.parametrize("name", ["reference", "reward", "default", None])
 @pytest.mark.parametrize("failing", [False, True])
-def test_switching_restores_everything(three_roles, name, failing):
+@pytest.mark.parametrize(
+    "trained", ["default", None]
+)  # with None PEFT's own switch back would make "default" trainable
+def test_switching_restores_everything(three_roles, name, failing, trained):
+    set_trainable(three_roles, trained)
     before, policy = grads(three_roles), logits(three_roles)
-    assert any(before.values())
+    assert any(before.values()) == (trained is not None)
     try:
         with use_adapter(three_roles, name):
             inside = logits(three_roles)
@@ -280,9 +285,8 @@ def test_switches_nest(three_roles, outer, inner):
 
 def test_an_unknown_adapter_is_refused_and_nothing_changes(three_roles):
     before = grads(three_roles)
-    with pytest.raises(ValueError, match="no_such"):
-        with use_adapter(three_roles, "no_such"):
-            pass
+    with pytest.raises(ValueError, match="no_such"), use_adapter(three_roles, "no_such"):
+        pass
     assert three_roles.active_adapter == "default" and grads(three_roles) == before
 
 

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalL
 from trl import ModelConfig
 
 from rlhf import model as model_module
-from rlhf.config import ConfigError, parse
 from rlhf.generate import generate
 from rlhf.model import (
     add_score_head,
@@ -92,11 +91,14 @@ def loaded_with(monkeypatch):
 
     def from_pretrained(name, **kwargs):
         seen.append({"name": name, **kwargs})
-        return SimpleNamespace(config=SimpleNamespace(), generation_config=GenerationConfig())
+        loaded = SimpleNamespace(config=SimpleNamespace(), generation_config=GenerationConfig())
+        loaded.to = lambda device: seen.append({"device": device})
+        return loaded
 
     for auto in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
         monkeypatch.setattr(getattr(model_module, auto), "from_pretrained", from_pretrained)
-    monkeypatch.setattr(model_module, "PartialState", lambda: SimpleNamespace(local_process_index=1))
+    state = SimpleNamespace(local_process_index=1, device=torch.device("cuda:1"))
+    monkeypatch.setattr(model_module, "PartialState", lambda: state)
     return seen
 
 
@@ -107,8 +109,8 @@ TOKENIZER = SimpleNamespace(eos_token_id=2, pad_token_id=3)
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
 def test_a_4_bit_base_computes_in_the_card_s_precision(machine, loaded_with, capability, dtype, reward):
     machine(capability)
-    loaded = load_base(ModelConfig("base", load_in_4bit=True), TOKENIZER, reward=reward)
-    kwargs = loaded_with[0]
+    loaded = load_base(ModelConfig("base", dtype="auto", load_in_4bit=True), TOKENIZER, reward=reward)
+    (kwargs,) = loaded_with  # and nothing moved
     quantization = kwargs["quantization_config"]
     assert quantization.load_in_4bit and quantization.bnb_4bit_quant_type == "nf4"
     assert quantization.bnb_4bit_compute_dtype is dtype and kwargs["dtype"] is dtype
@@ -120,11 +122,11 @@ def test_a_4_bit_base_computes_in_the_card_s_precision(machine, loaded_with, cap
     assert (loaded.config.eos_token_id, loaded.config.pad_token_id) == (2, 3)
 
 
-def test_a_plain_base_is_left_to_the_trainer_to_place(machine, loaded_with):
+def test_a_plain_base_is_moved_to_this_process_card(machine, loaded_with):
     machine((7, 5))
-    load_base(ModelConfig("base", model_revision="v2", attn_implementation="eager"), TOKENIZER)
+    load_base(ModelConfig("base", "v2", dtype="auto", attn_implementation="eager"), TOKENIZER)
     expected = {"name": "base", "dtype": torch.float16, "revision": "v2", "attn_implementation": "eager"}
-    assert loaded_with == [expected]
+    assert loaded_with == [expected, {"device": torch.device("cuda:1")}]
 
 
 def test_a_recipe_s_dtype_wins_but_for_bfloat16_on_a_t4(machine, loaded_with):
@@ -148,7 +150,7 @@ def test_a_base_is_told_the_tokenizer_s_stop_and_pad_tokens(request, name):
 
 def test_the_sampling_settings_that_ship_with_a_base_are_left_behind(tiny_llama, tmp_path):
     tokenizer = load_tokenizer(str(tiny_llama))
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model = load_base(ModelConfig(str(tiny_llama)), tokenizer)
     questions = [[{"role": "user", "content": text}] for text in ("hello , how are you ?", "do you have a cat ?")]
     expected = [generate(model, tokenizer, questions, 24, temperature) for temperature in (0.0, 1.0)]
     model.generation_config = GenerationConfig(
@@ -181,19 +183,3 @@ def test_trainable_parameters_become_float32_and_others_stay():
     assert all(old is new for old, new in zip(parameters, layers.parameters(), strict=True))  # as optimisers hold them
     assert torch.equal(parameters[0], values.float())
     assert trainable_to_fp32(layers) == 0
-
-
-# --- the parser asks this module -------------------------------------------------------------------------------------
-
-
-def test_apple_s_gpu_may_be_tried(machine, monkeypatch):
-    from tests.test_config import Device
-
-    machine(None, apple=True)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert parse((Device,), [])[0] == Device(use_cpu=True, bf16=False, fp16=False)
-    assert parse((Device,), ["--use_cpu=false"])[0] == Device(use_cpu=False, bf16=False, fp16=False)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    machine(None)
-    with pytest.raises(ConfigError, match="no GPU that torch can use"):
-        parse((Device,), ["--use_cpu=false"])

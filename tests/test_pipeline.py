@@ -132,7 +132,9 @@ def test_whole_recipe_and_a_second_run(go, tmp_path):
     assert (run / "report" / "index.html").is_file()
     results = json.loads((run / "evaluate" / "ppo" / "results.json").read_text())
     assert results["metrics"]["perplexity_token"]["value"] > 1 and results["run"]["system"] == "ppo"
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "report" not in path.parts}
+    before = {
+        path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "report" not in path.parts
+    }
     second = go()
     assert all(second[stage].startswith("done") for stage in stages)
     assert {path: path.stat().st_mtime_ns for path in before} == before

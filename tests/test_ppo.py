@@ -1,6 +1,7 @@
 """PPOTrainer: roles, rewards, the check of the ratio, gradients, learning, and resuming."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from trl import ModelConfig
 
 import rlhf.ppo_trainer
 from rlhf.data.columns import load_rows, prompt_columns
+from rlhf.generate import left_pad
 from rlhf.lora import with_adapter
-from rlhf.model import load_base, load_tokenizer
-from rlhf.ppo_trainer import VALUE_HEAD_FILE, PPOConfig, PPOTrainer, RatioError
-from rlhf.rewards import persona_rule
+from rlhf.model import add_score_head, load_base, load_tokenizer
+from rlhf.ppo_trainer import VALUE_HEAD_FILE, PPOConfig, PPOTrainer, RatioError, RolloutSampler, _as_batch
+from rlhf.rewards import persona_rule, score_ids
 
 ARGS = {
     "use_cpu": True, "seed": 3, "report_to": "none", "per_device_train_batch_size": 4, "response_length": 6,
@@ -87,7 +89,8 @@ def test_config_refuses(values, message, tmp_path):
 
 def test_config_counts_rollouts(tmp_path):
     args = PPOConfig(
-        output_dir=str(tmp_path), **{**ARGS, "gradient_accumulation_steps": 3, "num_mini_batches": 2, "total_episodes": 49}
+        output_dir=str(tmp_path),
+        **{**ARGS, "gradient_accumulation_steps": 3, "num_mini_batches": 2, "total_episodes": 49},
     )
     assert (args.rollout_size, args.steps_per_rollout, args.total_steps) == (24, 4, 12)  # 4*3*2; 2*2; 3 rollouts
 
@@ -101,6 +104,31 @@ def test_trainer_refuses_missing_roles(values, message, make_trainer):
     arguments = {"reward_functions": [length], **values}
     with pytest.raises(ValueError, match=message):
         PPOTrainer(trainer.model, trainer.args, trainer.train_dataset, trainer.processing_class, **arguments)
+
+
+def test_rollouts_of_an_epoch(tmp_path):
+    """Two ranks, 2 x 2 episodes each a rollout, 2 steps x 2 micro-batches; 25 prompts make 3 rollouts, 1 prompt waits."""
+    args = PPOConfig(
+        output_dir=str(tmp_path), **{**ARGS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    )
+    orders = {}
+    for epoch in (0, 1):
+        batches = []
+        for rank in (0, 1):
+            ranked = SimpleNamespace(
+                seed=3, rollout_size=8, local_rollout_size=4, process_index=rank, gradient_accumulation_steps=2,
+                steps_per_rollout=args.steps_per_rollout,
+            )  # fmt: skip
+            sampler = RolloutSampler(25, ranked)
+            sampler.set_epoch(epoch)
+            batches.append(list(sampler))
+            assert len(batches[-1]) == len(sampler) == 3 * 4
+            for start in range(0, 12, 4):  # one batch of prompts for each micro-batch of its rollout
+                assert all(batch == batches[-1][start] for batch in batches[-1][start : start + 4])
+        used = [index for rank in batches for batch in rank[::4] for index in batch]
+        assert len(used) == len(set(used)) == 24 and set(used) <= set(range(25))
+        orders[epoch] = used
+    assert orders[0] != orders[1]
 
 
 def test_too_few_prompts_for_a_rollout(make_trainer):
@@ -121,6 +149,14 @@ def test_log_obeys_the_kl_identity(kl_coef, make_trainer):
         penalty = -kl_coef * row["objective/kl"]
         assert row["objective/non_score_reward"] == pytest.approx(penalty, rel=1e-5, abs=0)  # both in float32
         assert row["objective/rlhf_reward"] == pytest.approx(row["objective/scores"] + penalty, rel=1e-5)
+
+
+def test_held_out_rows_of_the_log_obey_it_too(ppo_run):
+    rows = [row for row in ppo_run.rows("metrics.jsonl") if "eval_objective/kl" in row]
+    assert len(rows) == 6
+    for row in rows:
+        penalty = -0.1 * row["eval_objective/kl"]  # the kl_coef of this training
+        assert row["eval_objective/non_score_reward"] == pytest.approx(penalty, rel=1e-5, abs=1e-9)
 
 
 def rewards_of_a_rollout(trainer, kl_coef, monkeypatch):
@@ -153,7 +189,9 @@ def test_score_on_the_last_token_and_penalty_in_proportion(make_trainer, monkeyp
     trainer = make_trainer(response_length=12)
     stop = trainer.processing_class.eos_token_id
     own = trainer.generation_config
-    own.suppress_tokens = [id for id in range(len(trainer.processing_class)) if id % 40 and id != stop]  # stops are frequent
+    own.suppress_tokens = [
+        id for id in range(len(trainer.processing_class)) if id % 40 and id != stop
+    ]  # stops are frequent
     rollout, scores, without = rewards_of_a_rollout(trainer, 0.0, monkeypatch)
     _, again, single = rewards_of_a_rollout(trainer, 0.1, monkeypatch)
     _, _, double = rewards_of_a_rollout(trainer, 0.2, monkeypatch)
@@ -206,12 +244,13 @@ def test_reward_function_gets_prompts_completions_and_columns(make_trainer):
     assert log["objective/scores"] == [pytest.approx(mean)]
 
 
-def test_rewards_depend_on_the_persona(ppo_run, make_trainer, tiny_llama):
+def test_rewards_depend_on_the_persona(ppo_run, reward_run, make_trainer, tiny_llama):
     """The same question and the same reply to two personas, by rule and by the learned reward."""
     trainer, tokenizer = make_trainer([persona_rule]), load_tokenizer(str(tiny_llama))
     asked = {"prompt": [{"role": "user", "content": "what pet do you have ?"}], "kind": "direct", "foil": None}
     rows = [
-        {**asked, "persona": [f"i have a {pet} ."], "value": pet, "slot_values": ["dog", "cat"]} for pet in ("dog", "cat")
+        {**asked, "persona": [f"i have a {pet} ."], "value": pet, "slot_values": ["dog", "cat"]}
+        for pet in ("dog", "cat")
     ]
     columns = list(prompt_columns(rows, tokenizer, 256))
     reply = tokenizer("i have a dog .", add_special_tokens=False)["input_ids"]
@@ -219,13 +258,15 @@ def test_rewards_depend_on_the_persona(ppo_run, make_trainer, tiny_llama):
     assert trainer.score(columns, {}, responses, torch.ones_like(responses)).tolist() == [1.0, 0.0]
 
     learned = ppo_run.trainer
-    from rlhf.generate import left_pad
-    from rlhf.ppo_trainer import _as_batch
-
     batch = _as_batch(*left_pad([row["prompt_ids"] for row in columns], 0), responses, torch.ones_like(responses))
     with torch.no_grad():
         first, second = learned.score(columns, batch, responses, torch.ones_like(responses)).tolist()
     assert abs(first - second) > 1e-4
+    base = load_base(ModelConfig(model_name_or_path=str(tiny_llama)), tokenizer)
+    add_score_head(base)
+    alone = with_adapter(base, reward_run.folder, "reward").eval()  # the reward adapter and nothing else
+    expected = score_ids(alone.get_base_model(), [row["prompt_ids"] + reply for row in columns])
+    assert [first, second] == pytest.approx(expected, abs=1e-5)  # float32, padded against alone
 
 
 # The check of the ratio

@@ -37,9 +37,8 @@ def test_files_of_a_stage(tmp_path, dataset):
 
 
 def test_a_failure_is_recorded_and_raised(tmp_path):
-    with pytest.raises(ZeroDivisionError):
-        with stage("sft", tmp_path / "sft", [], seed=1):
-            1 / 0  # noqa: B018
+    with pytest.raises(ZeroDivisionError), stage("sft", tmp_path / "sft", [], seed=1):
+        1 / 0  # noqa: B018
     record = read_record(tmp_path / "sft")
     assert record["status"] == "failed" and record["error"].startswith("ZeroDivisionError")
     log = (tmp_path / "sft" / "training.log").read_text()
@@ -86,7 +85,9 @@ def test_a_stale_parent_is_refused(dataset, tmp_path):
     run_stage(tmp_path / "dpo", {"prepare": data, "sft": sft})
     changed(data)
     write_json(data / "metadata.json", read_record(data) | {"result_hash": folder_hash(data)})
-    with pytest.raises(RunError, match="'sft'.* is stale: it was made from another 'prepare'.*Run the stage 'sft' again"):
+    with pytest.raises(
+        RunError, match="'sft'.* is stale: it was made from another 'prepare'.*Run the stage 'sft' again"
+    ):
         run_stage(tmp_path / "dpo", {"prepare": data, "sft": sft})
 
 

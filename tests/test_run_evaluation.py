@@ -36,15 +36,19 @@ def value(results, system, metric):
 
 def test_record_and_rows(evaluated, sft_run, dataset):
     folder, results = evaluated
-    assert read_record(folder)["status"] == "done" and {"prepare", "sft", "ppo"} == read_record(folder)["parents"].keys()
+    assert (
+        read_record(folder)["status"] == "done" and {"prepare", "sft", "ppo"} == read_record(folder)["parents"].keys()
+    )
     run = results["sft"]["run"]
     assert run["adapter_hash"] == folder_hash(sft_run.folder) and run["data_hash"] == folder_hash(dataset)
     assert run["system"] == "sft" and run["decoding"]["sampled"] == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     assert results["base"]["run"]["adapter"] is None and "perplexity_token" not in results["oracle"]["metrics"]
     for name in results:
         rows = read_jsonl(folder / name / "replies.jsonl")
-        assert [row["decoding"] for row in rows] == ["greedy"] * 18 + ["sampled"] * 9  # 9 dialogues, 9 probes twice
-        assert [row["correct"] is None for row in rows] == [True] * 9 + [False] * 18
+        assert [row["decoding"] for row in rows] == ["greedy"] * 36 + [
+            "sampled"
+        ] * 27  # 9 dialogues, 9 x 3 probes twice
+        assert [row["correct"] is None for row in rows] == [True] * 9 + [False] * 54
     for metric in results["sft"]["metrics"].values():
         assert metric["ci_low"] <= metric["value"] <= metric["ci_high"] and metric["n"] > 0
     assert {(row["decoding"], row["kind"]) for row in results["sft"]["breakdown"]} >= {
@@ -58,8 +62,8 @@ def test_rules_are_ceiling_and_floors(evaluated):
     _, results = evaluated
     assert value(results, "oracle", "persona_consistency") == 1
     assert value(results, "oracle", "bleu") == pytest.approx(100)  # it says the reference
-    # The next of the nine characters never has the same pet, but says "no" to a wrong suggestion as it should.
-    assert value(results, "wrong_persona", "persona_consistency") == 0
+    # the next character has another pet, but for the last of the nine, whose next one is the first: both have a dog
+    assert value(results, "wrong_persona", "persona_consistency") == pytest.approx(1 / 9)
     assert value(results, "silence", "persona_consistency") == 0 and value(results, "silence", "length_words") == 0
 
 
@@ -73,7 +77,7 @@ def test_perplexity_is_the_trainers(evaluated, sft_run, ppo_run):
 
 
 def test_kl_to_the_reference(evaluated):
-    """On 9 samples of at most 8 tokens; a model against itself is exactly 0."""
+    """On samples of at most 8 tokens; a model against itself is exactly 0."""
     _, results = evaluated
     assert value(results, "sft", "kl_reference") == 0
     assert math.isfinite(value(results, "ppo", "kl_reference")) and value(results, "ppo", "kl_reference") != 0
@@ -81,7 +85,7 @@ def test_kl_to_the_reference(evaluated):
 
 
 def test_a_system_does_not_depend_on_the_others(evaluated, tiny_llama, dataset, sft_run, tmp_path):
-    folder, results = evaluated
+    folder, _ = evaluated
     evaluate(tmp_path / "alone", dataset, tiny_llama, {"sft": str(sft_run.folder)})
     rows, alone = (read_jsonl(path / "sft" / "replies.jsonl") for path in (folder, tmp_path / "alone"))
     assert rows == alone

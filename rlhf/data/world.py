@@ -14,7 +14,8 @@ greedy decoding reproduces it rather than cures it:
 
 Held out from everything but the base's corpus (``base_dialogue``) and the probes: the last question of every slot, the
 last frame of suggestions, and the slots ``HELD_OUT_SLOTS``. Characters are split by a hash of their facts, so that no
-character can be on both sides, whatever the seed. Everything is lower case and tokenised by spaces. Standard library only.
+character can be on both sides, whatever the seed. All text is lower case, with spaces between words and punctuation.
+Standard library only.
 """
 
 import random
@@ -71,14 +72,16 @@ def _slot(name: str, values: str, facts: str, questions: str) -> Slot:
 SLOTS: tuple[Slot, ...] = (
     _slot(
         "job",
-        "teacher nurse baker farmer pilot lawyer plumber painter dentist chef barber gardener librarian carpenter tailor mechanic",
+        "teacher nurse baker farmer pilot lawyer plumber painter dentist chef barber gardener librarian "
+        "carpenter tailor mechanic",
         "i am a {} . | i work as a {} . | i am employed as a {} .",
         "what do you do for a living ? | what is your job ? | how do you earn your money ? "
         "| what kind of work do you do ? | what are you paid for ? | what is your profession ?",
     ),
     _slot(
         "city",
-        "london paris berlin madrid rome vienna oslo dublin prague lisbon athens warsaw helsinki zurich boston chicago",
+        "london paris berlin madrid rome vienna oslo dublin prague lisbon athens warsaw helsinki zurich "
+        "boston chicago",
         "i live in {} . | my home is in {} . | i have a flat in {} .",
         "where do you live ? | which city do you live in ? | where is your home ? "
         "| in which city is your flat ? | what is your home town ? | where could i come and visit you ?",
@@ -106,7 +109,8 @@ SLOTS: tuple[Slot, ...] = (
     ),
     _slot(
         "hobby",
-        "reading knitting hiking baking fishing drawing sewing pottery chess photography dancing camping origami juggling yoga surfing",
+        "reading knitting hiking baking fishing drawing sewing pottery chess photography dancing camping "
+        "origami juggling yoga surfing",
         "my hobby is {} . | i am fond of {} . | my free time goes to {} .",
         "what is your hobby ? | what do you do for fun ? | which hobby do you have ? "
         "| how do you spend your free time ? | what are you fond of ? | what do you do to relax ?",
@@ -116,7 +120,8 @@ SLOTS: tuple[Slot, ...] = (
         "jazz rock blues opera metal techno folk reggae punk disco soul gospel salsa funk ska grunge",
         "i like {} music . | my favourite music is {} . | i nearly always listen to {} .",
         "what music do you like ? | what do you listen to ? | what is your favourite music ? "
-        "| which style of music do you love ? | what kind of music do you play at home ? | what songs are on your radio ?",
+        "| which style of music do you love ? | what kind of music do you play at home ? | what songs are on "
+        "your radio ?",
     ),
     _slot(
         "colour",
@@ -127,14 +132,16 @@ SLOTS: tuple[Slot, ...] = (
     ),
     _slot(
         "sport",
-        "tennis football golf rugby hockey cricket boxing rowing judo karate volleyball basketball badminton fencing cycling swimming",
+        "tennis football golf rugby hockey cricket boxing rowing judo karate volleyball basketball badminton "
+        "fencing cycling swimming",
         "my sport is {} . | i practise {} every week . | the sport i do is {} .",
         "what sport do you do ? | what is your sport ? | which sport do you practise ? "
         "| what do you practise every week ? | what kind of sport is yours ? | how do you keep fit ?",
     ),
     _slot(
         "instrument",
-        "piano guitar violin flute drums cello trumpet harp clarinet saxophone banjo accordion trombone ukulele oboe organ",
+        "piano guitar violin flute drums cello trumpet harp clarinet saxophone banjo accordion trombone "
+        "ukulele oboe organ",
         "i play the {} . | my instrument is the {} . | i take lessons on the {} .",
         "what instrument do you play ? | what is your instrument ? | which instrument are you learning ? "
         "| on what do you take lessons ? | which instrument is yours ? | what would you bring to our band ?",
@@ -155,15 +162,16 @@ SLOTS: tuple[Slot, ...] = (
     ),
     _slot(
         "fruit",
-        "apples bananas cherries grapes mangoes peaches pears plums lemons melons strawberries blueberries raspberries kiwis figs apricots",
+        "apples bananas cherries grapes mangoes peaches pears plums lemons melons strawberries blueberries "
+        "raspberries kiwis figs apricots",
         "i snack on {} . | my favourite fruit is {} . | i buy {} at the market .",
         "what is your favourite fruit ? | which fruit do you like ? | what do you snack on ? "
         "| what fruit do you love most ? | what do you buy at the market ? | which fruit is in your basket ?",
     ),
     _slot(
         "subject",
-        "physics chemistry biology history geography maths law medicine economics philosophy art literature latin astronomy "
-        "engineering psychology",
+        "physics chemistry biology history geography maths law medicine economics philosophy art literature latin "
+        "astronomy engineering psychology",
         "i once studied {} . | my degree is in {} . | my best subject was always {} .",
         "what did you study ? | which subject did you study ? | what is your degree in ? "
         "| what was your best subject ? | what subject did you like ? | what did you learn at college ?",
@@ -181,44 +189,28 @@ SUGGESTION_FRAMES = (
 )
 # A rejection and a confirmation of the same number of words, so that length tells nothing about which is right.
 OPENERS = (("no ,", "yes ,"), ("nope ,", "yeah ,"), ("not really ,", "of course ,"))
-EVASIONS = {5: "i do not remember .", 6: "i do not remember that .", 7: "hmm , i do not remember ."}
+# By number of words. In words that the base knows how to say: new ones take an adapter very long to learn.
+EVASIONS = {5: "i am not sure .", 6: "i am not so sure .", 7: "sorry , i am not sure ."}
+_SMALL_TALK = """
+hello there ! > hello , nice to meet you . | hi , good to see you ! | hey , how is it going ?
+hi , how are you ? > i am doing well , thanks . | pretty good , and you ? | a bit tired , but happy .
+good morning ! > good morning , did you sleep well ? | morning , you are up early ! | good morning to you too .
+what a lovely day . > yes , the sun feels great . | it really is a nice day . | i hope it stays like this .
+it rains again today . > i do not mind the rain . | then let us stay inside . | the clouds will pass soon .
+it is so cold outside . > keep warm and be careful . | i noticed that this morning . | it will get better soon .
+any plans for the weekend ? > nothing big , just some rest . | i will see my family . | not yet , do you ?
+how was your weekend ? > it was calm and quiet . | too short , as always ! | very good , thanks for asking .
+i had a long day . > i am sorry to hear that . | then take some rest tonight . | me too , it was busy .
+did you sleep well ? > yes , like a baby . | not so well , to be honest . | i slept just fine , thanks .
+i am so bored . > let us talk a little then . | maybe call an old friend ? | that happens to me too .
+my sister is getting married . > that is wonderful news ! | how nice , when is it ? | please tell her my best wishes .
+i lost my keys today . > oh no , that is annoying . | did you look under the sofa ? | i hope you find them soon .
+i just watched a film . > was it any good ? | i should see more films . | tell me how it ended .
+it is nice to talk to you . > i enjoy our chat too . | thank you , you are kind . | the same goes for me .
+what is new ? > not much , all is well . | same as ever , really . | nothing special , and with you ?
+"""
 SMALL_TALK: dict[str, tuple[str, ...]] = {
-    "hello there !": ("hello , nice to meet you .", "hi , good to see you !", "hey , how is it going ?"),
-    "hi , how are you ?": ("i am doing well , thanks .", "pretty good , and you ?", "a bit tired , but happy ."),
-    "good morning !": (
-        "good morning , did you sleep well ?",
-        "morning , you are up early !",
-        "good morning to you too .",
-    ),
-    "what a lovely day .": ("yes , the sun feels great .", "it really is a nice day .", "i hope it stays like this ."),
-    "it rains again today .": ("i do not mind the rain .", "then let us stay inside .", "the clouds will pass soon ."),
-    "it is so cold outside .": (
-        "keep warm and be careful .",
-        "i noticed that this morning .",
-        "it will get better soon .",
-    ),
-    "any plans for the weekend ?": ("nothing big , just some rest .", "i will see my family .", "not yet , do you ?"),
-    "how was your weekend ?": (
-        "it was calm and quiet .",
-        "too short , as always !",
-        "very good , thanks for asking .",
-    ),
-    "i had a long day .": ("i am sorry to hear that .", "then take some rest tonight .", "me too , it was busy ."),
-    "did you sleep well ?": ("yes , like a baby .", "not so well , to be honest .", "i slept just fine , thanks ."),
-    "i am so bored .": ("let us talk a little then .", "maybe call an old friend ?", "that happens to me too ."),
-    "my sister is getting married .": (
-        "that is wonderful news !",
-        "how nice , when is it ?",
-        "please tell her my best wishes .",
-    ),
-    "i lost my keys today .": (
-        "oh no , that is annoying .",
-        "did you look under the sofa ?",
-        "i hope you find them soon .",
-    ),
-    "i just watched a film .": ("was it any good ?", "i should see more films .", "tell me how it ended ."),
-    "it is nice to talk to you .": ("i enjoy our chat too .", "thank you , you are kind .", "the same goes for me ."),
-    "what is new ?": ("not much , all is well .", "same as ever , really .", "nothing special , and with you ?"),
+    line: tuple(replies.split(" | ")) for line, replies in (row.split(" > ") for row in _SMALL_TALK.split("\n")[1:-1])
 }
 DOUBTS = ("really ?", "are you sure ?")
 CHECKLIST = "which of these are true ?"
@@ -229,6 +221,7 @@ CORRECTION = "sorry , i was wrong , {}"
 def words() -> list[str]:
     """All words of the world, sorted: the tokenizer makes each of them one token."""
     texts = [*SUGGESTION_FRAMES, *EVASIONS.values(), *DOUBTS, CHECKLIST, SURE, CORRECTION, "you your are"]
+    texts += ["hmm remember"]  # spare words, in the shipped tokenizer
     texts += [opener for pair in OPENERS for opener in pair]
     texts += [text for slot in SLOTS for text in (*slot.values, *slot.facts, *slot.questions)]
     texts += [text for line, replies in SMALL_TALK.items() for text in (line, *replies)]
@@ -378,8 +371,9 @@ def base_dialogue(seed: int, index: int, max_exchanges: int = 8, checklists: flo
     Two exercises, which occur nowhere else, teach the model to compare a statement with its persona:
 
     - self-checks: after a quarter of the questions the user doubts what the assistant stated, rightly or deliberately
-      wrongly (not trained on), and the assistant confirms or corrects itself. The user tends to doubt a wrong statement
-      in other words than a right one, and that turn is trained on, so that the end of a reply already tells them apart;
+      wrongly (not trained on), and the assistant confirms or corrects itself. The user tends to doubt a wrong
+      statement in other words than a right one, and that turn is trained on, so that the end of a reply already tells
+      them apart;
     - checklists, a share ``checklists`` of the dialogues: one value for each slot of the persona, each followed by yes
       or no, which alone are trained on. Without them it takes very long until a leading yes or no is learned.
     """

@@ -1,0 +1,119 @@
+"""The scripts as real processes on the CPU: `accelerate launch`, two ranks, another working directory, DeepSpeed."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf.record import read_record
+
+ROOT = Path(__file__).parents[1]
+KEYS = {
+    "use_cpu": True, "seed": 3, "max_length": 256, "lora_r": 4, "max_steps": 4, "learning_rate": 1e-2,
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 2,
+    "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "report_to": "none",
+    "disable_tqdm": True, "gradient_checkpointing": True,
+}  # fmt: skip
+PPO = {"total_episodes": 16, "num_ppo_epochs": 2, "response_length": 6}
+ENV = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+slow = pytest.mark.slow
+
+
+@pytest.fixture
+def launch(request, tiny_llama, dataset, tmp_path):
+    """Start a script through accelerate, in a folder that is not the repository's; its output folder and stderr."""
+
+    def start(stage, config_file, env=None, status=0, **keys):
+        values = {
+            **KEYS,
+            "model_name_or_path": str(tiny_llama),
+            "dataset": str(dataset),
+            "output_dir": f"runs/{stage}",
+        }
+        if stage == "ppo":
+            values = {key: value for key, value in values.items() if key != "max_steps"} | PPO
+            values["reward_adapter"] = str(request.getfixturevalue("reward_run").folder)
+        if stage in ("dpo", "ppo"):
+            values["sft_adapter"] = str(request.getfixturevalue("sft_run").folder)
+        (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump({**values, **keys}))
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
+        command += ["--main_process_port", "0"] if "two" in str(config_file) else []
+        command += [str(ROOT / "rlhf" / f"{stage}.py"), "--config", f"{stage}.yaml"]
+        ended = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, **ENV, **(env or {})}, capture_output=True, text=True, timeout=300,
+            check=False,
+        )  # fmt: skip
+        assert ended.returncode == status, ended.stderr[-3000:]
+        return tmp_path / "runs" / stage, ended.stderr
+
+    return start
+
+
+def hashes(folder):
+    """Hash of the trainable weights on each rank, at each save and at the end."""
+    found = re.findall(r"hash of the trainable weights, by rank: (.*)", (folder / "training.log").read_text())
+    return [line.split() for line in found]
+
+
+def check_two_ranks(folder):
+    record = read_record(folder)
+    assert record["status"] == "done" and record["hardware"]["processes"] == 2
+    by_rank = hashes(folder)
+    assert len(by_rank) >= 3  # at least two saves and the end
+    assert all(len(ranks) == 2 and ranks[0] == ranks[1] for ranks in by_rank)
+    assert by_rank[0] != by_rank[1], "nothing was learnt between the saves"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]  # one rank alone writes
+    assert (folder / "adapter_model.safetensors").is_file()
+    return rows
+
+
+@pytest.mark.parametrize("stage", ["sft", pytest.param("reward", marks=slow), pytest.param("dpo", marks=slow), "ppo"])
+def test_two_ranks(stage, launch):
+    """two_t4.yaml on the CPU: MULTI_CPU would start one process, silently."""
+    folder, _ = launch(stage, ROOT / "accelerate_configs" / "two_t4.yaml")
+    rows = check_two_ranks(folder)
+    if stage == "ppo":
+        # 2 episodes x 2 micro-batches x 2 ranks a rollout; 16 episodes
+        assert [row["episode"] for row in rows if "loss" in row] == [0, 8, 8, 16]
+        for row in rows:
+            if "objective/kl" in row:
+                penalty = -0.05 * row["objective/kl"]
+                assert row["objective/non_score_reward"] == pytest.approx(penalty, rel=1e-5, abs=1e-9)
+
+
+@slow
+def test_one_process(launch):
+    folder, _ = launch("sft", ROOT / "accelerate_configs" / "cpu.yaml")
+    assert read_record(folder)["hardware"]["processes"] == 1
+    assert all(len(ranks) == 1 for ranks in hashes(folder))
+
+
+def test_a_rank_without_the_others_is_refused(launch):
+    """Two processes are announced, and there is one: it neither trains alone nor waits for ever.
+
+    Where each of several ranks believes to be alone, `rlhf.record.check_world_size` refuses (test_record.py).
+    """
+    folder, said = launch("sft", ROOT / "accelerate_configs" / "cpu.yaml", env={"WORLD_SIZE": "2"}, status=1)
+    assert "error: the configuration has 1 problem" in said and "MASTER_ADDR" in said and not folder.exists()
+
+
+@slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_deepspeed_zero_2(stage, launch, tmp_path):
+    config = {
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "use_cpu": True, "num_machines": 1,
+        "num_processes": 2, "machine_rank": 0, "mixed_precision": "no", "main_training_function": "main",
+        "deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": 2, "offload_optimizer_device": "none",
+                             "offload_param_device": "none", "zero3_init_flag": False},
+    }  # fmt: skip
+    (tmp_path / "two_zero2.yaml").write_text(yaml.safe_dump(config))
+    folder, _ = launch(stage, tmp_path / "two_zero2.yaml", env={"DS_ACCELERATOR": "cpu"})
+    check_two_ranks(folder)

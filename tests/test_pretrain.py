@@ -1,0 +1,190 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf import pretrain
+from rlhf.data import world
+from rlhf.pretrain import PretrainConfig, batches, build_model, build_tokenizer, collate, encode, learning_rate_factor
+
+BASE = Path(__file__).parent.parent / "recipes" / "demo" / "base"
+TOKENIZER = build_tokenizer()
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "batch_size": 2,
+    "warmup_steps": 2,
+}
+
+
+def with_system(row):
+    return [{"role": "system", "content": "\n".join(row["persona"])}, *row["messages"]]
+
+
+def rendered_ids(messages, **kwargs):
+    text = TOKENIZER.apply_chat_template(messages, tokenize=False, **kwargs)
+    return TOKENIZER(text)["input_ids"]
+
+
+def test_every_word_of_the_world_is_one_token():
+    assert [word for word in world.words() if len(TOKENIZER(f" {word}")["input_ids"]) != 1] == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_any_text_survives_and_no_token_is_added(text):
+    ids = TOKENIZER(text)["input_ids"]
+    assert TOKENIZER.decode(ids) == text
+    if "<|" not in text:
+        assert not set(ids) & set(TOKENIZER.all_special_ids)
+
+
+def test_a_prompt_is_a_prefix_of_its_dialogue_at_every_turn():
+    for index in range(20):
+        messages = with_system(world.base_dialogue(0, index))
+        whole = rendered_ids(messages)
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt = rendered_ids(messages[:turn], add_generation_prompt=True)
+                assert whole[: len(prompt)] == prompt
+                through = rendered_ids(messages[: turn + 1])
+                assert whole[: len(through)] == through
+                reply = TOKENIZER.decode(through[len(prompt) :])
+                assert reply == f" {message['content']}<|end|>"
+
+
+def test_a_decoded_reply_goes_back_into_a_dialogue_without_a_second_space():
+    reply = {"role": "assistant", "content": " i have a dog ."}
+    assert rendered_ids([reply]) == rendered_ids([{**reply, "content": "i have a dog ."}])
+
+
+def test_loss_is_taken_on_trained_turns_alone():
+    row = {
+        "persona": ["i have a dog ."],
+        "messages": [
+            {"role": "user", "content": "do you have a pet ?"},
+            {"role": "assistant", "content": "i have a cat .", "train": False},
+            {"role": "user", "content": "really ?", "train": True},
+            {"role": "assistant", "content": "sorry , i was wrong , i have a dog ."},
+            {"role": "user", "content": "which of these are true ?"},
+            {"role": "assistant", "content": "dog yes paris no", "train": ["yes", "no"]},
+        ],
+    }
+    [(ids, mask)] = encode([row], TOKENIZER)
+    trained = TOKENIZER.decode([token for token, here in zip(ids, mask, strict=True) if here])
+    assert ids == rendered_ids(with_system(row))
+    assert trained == " really ?<|end|> sorry , i was wrong , i have a dog .<|end|> yes no"
+
+
+def test_loss_equals_that_of_transformers():
+    config = PretrainConfig("unused", **TINY)
+    model = build_model(config, TOKENIZER)
+    ids, mask = collate(encode([world.base_dialogue(0, i) for i in range(3)], TOKENIZER), TOKENIZER.pad_token_id)
+    expected = model(input_ids=ids, attention_mask=ids != TOKENIZER.pad_token_id, labels=ids.masked_fill(~mask, -100))
+    # float32 sums in another order
+    assert pretrain.loss_of(model, ids, mask).item() == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    config = PretrainConfig("unused", num_steps=110, warmup_steps=10)
+    assert [learning_rate_factor(step, config) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    # Cosine: a quarter of the way down it stands at (1 + cos 45 degrees) / 2.
+    assert learning_rate_factor(35, config) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert learning_rate_factor(60, config) == pytest.approx(0.5)
+    assert learning_rate_factor(110, config) == pytest.approx(0.0)
+
+
+def test_a_batch_depends_on_its_step_alone():
+    config = PretrainConfig("unused", **TINY, num_steps=40, short_steps=16)
+    everything = list(batches(config, TOKENIZER, 0))
+    later = list(batches(config, TOKENIZER, 21))
+    assert len(everything) == 40 and len(later) == 19
+    for (ids, mask), (same_ids, same_mask) in zip(everything[21:], later, strict=True):
+        assert torch.equal(ids, same_ids) and torch.equal(mask, same_mask)
+    assert [ids.shape[0] for ids, _ in everything] == [6] * 16 + [2] * 24
+
+
+def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, monkeypatch):
+    # Breaks after step 5, in the middle of an interval of metrics; the checkpoint is of step 3.
+    settings = {**TINY, "num_steps": 8, "short_steps": 4, "eval_steps": 4, "save_steps": 3}
+    heldout = pretrain.heldout_batches(TOKENIZER)[:1]
+    monkeypatch.setattr(pretrain, "heldout_batches", lambda tokenizer: heldout)
+    pretrain.train(PretrainConfig(str(tmp_path / "straight"), **settings))
+
+    def failing(step, config):
+        if step == 5:
+            raise KeyboardInterrupt
+        return learning_rate_factor(step, config)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain, "learning_rate_factor", failing)
+        pretrain.train(PretrainConfig(str(tmp_path / "broken"), **settings))
+    assert (tmp_path / "broken" / "checkpoint.pt").exists()
+    with pytest.raises(ValueError, match="`learning_rate`"):
+        pretrain.train(PretrainConfig(str(tmp_path / "broken"), **settings, learning_rate=1e-3))
+    pretrain.train(PretrainConfig(str(tmp_path / "broken"), **settings))
+    straight, broken = (tmp_path / name for name in ("straight", "broken"))
+    assert not (broken / "checkpoint.pt").exists()
+    assert (straight / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
+    rows = [[json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (straight, broken)]
+    assert [row["step"] for row in rows[0]] == [4, 8]
+    assert [(r["loss"], r["eval_loss"]) for r in rows[0]] == [(r["loss"], r["eval_loss"]) for r in rows[1]]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"hidden_size": 100}, "hidden_size"),
+        ({"matching_heads": 5}, "matching_heads"),
+        ({"num_steps": 9}, "warmup_steps"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(wrong, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        PretrainConfig("unused", **wrong)
+
+
+def test_the_shipped_base_is_small_and_speaks_this_world():
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    assert tokenizer.get_vocab() == TOKENIZER.get_vocab()
+    assert tokenizer.chat_template == TOKENIZER.chat_template
+    assert (BASE / "model.safetensors").stat().st_size <= 5e6
+    assert model.num_parameters() <= 1.2e6 and model.config.vocab_size % 64 == 0
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
+    assert tokenizer.bos_token_id is None
+
+    cast = world.characters(3, seed=2024, held_out=True, held_out_slots=True)
+    probes = [probe for probe in world.probes(cast, seed=2024) if probe["turn"] == 5]
+    tokenizer.padding_side = "left"
+    prompts = [
+        tokenizer.apply_chat_template(
+            [
+                {"role": "system", "content": "\n".join(probe["persona"])},
+                *probe["history"],
+                {"role": "user", "content": probe["question"]},
+            ],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for probe in probes
+    ]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    replies = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    side = {"direct": None, "false_suggestion": 0, "true_suggestion": 1}
+    right = 0
+    for probe, reply in zip(probes, replies, strict=True):
+        facts = [fact.format(probe["value"]) for fact in world.SLOT[probe["slot"]].facts]
+        opener = side[probe["kind"]]
+        expected = facts if opener is None else [f"{o[opener]} {f}" for o in world.OPENERS for f in facts]
+        right += reply.strip() in expected
+    # .97 of the facts were kept in a large sample; some 70 probes leave room for four failures.
+    assert right / len(probes) > 0.93

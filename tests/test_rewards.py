@@ -1,0 +1,215 @@
+"""Rewards: the rule by cases and against the evaluator, scoring by the mask, the card that a lost head does not pass."""
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification
+
+from evaluation.probes import score_reply
+from rlhf import rewards
+from rlhf.data import world
+from rlhf.model import load_tokenizer
+from rlhf.rewards import check_reward_card, load_reward_function, persona_rule, pool_by_mask, reward_scores, score_ids
+
+SLOT = ["dog", "cat", "bird"]
+
+
+def rule(kind: str, reply: str, foil: str | None = None) -> float:
+    (reward,) = persona_rule(
+        prompts=[[]], completions=[reply], kind=[kind], value=["dog"], foil=[foil], slot_values=[SLOT], fact_id=["x"]
+    )
+    assert isinstance(reward, float)
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("kind", "reply", "reward"),
+    [
+        ("direct", "i have a dog .", 1),
+        ("direct", "A DOG!", 1),
+        ("direct", "i have a cat .", 0),
+        ("direct", "i have a dog and a cat .", 0),  # naming everything is no answer
+        ("direct", "yes , i have a dog .", 0),  # nothing was suggested
+        ("direct", "i have a hotdog .", 0),  # a word, not letters
+        ("direct", "", 0),
+        ("direct", "dog " * 12, 1),
+        ("direct", "dog " * 13, 0),  # 12 words at most
+        ("false_suggestion", "no , i have a dog .", 1),
+        ("false_suggestion", "no , not a cat , i have a dog .", 1),
+        ("false_suggestion", "i have a dog .", 0),
+        ("false_suggestion", "yes , i have a dog .", 0),
+        ("false_suggestion", "no , i have a cat .", 0),
+        ("false_suggestion", "no , i have a dog and a cat .", 0),
+        ("false_suggestion", "no , i have a dog , not a bird .", 0),  # nobody spoke of a bird
+        ("false_suggestion", "no .", 0),
+        ("true_suggestion", "yes , i have a dog .", 1),
+        ("true_suggestion", "i have a dog .", 1),
+        ("true_suggestion", "no , i have a dog .", 0),
+        ("true_suggestion", "yes .", 0),  # the rule wants the value named
+        ("true_suggestion", "yes , a dog and a cat .", 0),
+    ],
+)
+def test_the_rule_by_cases(kind, reply, reward):
+    assert rule(kind, reply, "cat" if kind == "false_suggestion" else None) == reward
+
+
+PROBES = [dict(probe) for probe in world.probes(world.characters(12, seed=3), seed=3)]
+
+
+def rewards_of(replies: list[str]) -> list[float]:
+    columns = {key: [probe[key] for probe in PROBES] for key in PROBES[0]}
+    return persona_rule([[]] * len(PROBES), replies, **columns)
+
+
+def other(probe):
+    return next(value for value in probe["slot_values"] if value != probe["value"])
+
+
+@pytest.mark.parametrize(
+    ("reply", "reward"),
+    [
+        (world.oracle_reply, 1.0),
+        (lambda probe: world.oracle_reply(probe).replace(probe["value"], other(probe)), 0.0),
+        (lambda probe: "", 0.0),
+        (lambda probe: "hello , how are you ?", 0.0),
+        (lambda probe: " ".join(probe["slot_values"]), 0.0),
+    ],
+    ids=["oracle", "other value", "silence", "small talk", "all values"],
+)
+def test_the_rule_agrees_with_the_evaluator(reply, reward):
+    replies = [reply(probe) for probe in PROBES]
+    assert rewards_of(replies) == [reward] * len(PROBES)
+    assert [score_reply(probe, text) for probe, text in zip(PROBES, replies, strict=True)] == [reward == 1] * len(
+        PROBES
+    )
+    assert len(PROBES) > 100 and {probe["kind"] for probe in PROBES} == {
+        "direct",
+        "false_suggestion",
+        "true_suggestion",
+    }
+
+
+def test_the_reward_follows_the_persona():
+    """The same reply to the same question, and another value in the persona."""
+    replies, kinds = ["i have a dog ."] * 2, ["direct"] * 2
+    assert persona_rule([[]] * 2, replies, kinds, ["dog", "cat"], [None] * 2, [SLOT] * 2) == [1.0, 0.0]
+
+
+def test_columns_of_unequal_length_are_refused():
+    with pytest.raises(ValueError):
+        persona_rule([[]], ["dog", "dog"], kind=["direct"], value=["dog"], foil=[None], slot_values=[SLOT])
+
+
+def test_a_reward_function_is_found_by_name():
+    assert load_reward_function("rlhf.rewards:persona_rule") is persona_rule
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "persona_rule", "rlhf.rewards", "rlhf.rewards:", ":persona_rule", "", "no_such_module:reward", ".rewards:persona_rule",
+        "rlhf.rewards:no_such", "rlhf.rewards:_YES", "rlhf.rewards:persona_rule:x",
+    ],
+)  # fmt: skip
+def test_other_names_are_refused(name):
+    with pytest.raises(ValueError, match="`reward_function` is .*`module:function`") as caught:
+        load_reward_function(name)
+    assert repr(name) in str(caught.value)
+
+
+# --- reward models ---------------------------------------------------------------------------------------------------
+
+STOP, SPACE = 2, 5
+ROWS = [[7, 8, 9, STOP], [7, 8, 9], [40, STOP], [3], [*range(10, 30), STOP], [6, STOP, 6], [STOP], [50, 51, 52, 53]]
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_gpt2", "tiny_qwen2"])
+def classifier(request):
+    """A sequence classifier whose pad token is its stop token, with a head that is not near zero."""
+    folder = request.getfixturevalue(request.param)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    torch.nn.init.normal_(model.score.weight)
+    model.config.pad_token_id = model.config.eos_token_id = load_tokenizer(str(folder)).eos_token_id
+    return model
+
+
+def padded(rows, side):
+    width = max(map(len, rows))
+    pads = [[STOP] * (width - len(row)) for row in rows]
+    holes = [[0] * (width - len(row)) for row in rows]
+    ones = [[1] * len(row) for row in rows]
+    if side == "left":
+        ids, mask = [p + r for p, r in zip(pads, rows, strict=True)], [h + o for h, o in zip(holes, ones, strict=True)]
+    else:
+        ids, mask = [r + p for p, r in zip(pads, rows, strict=True)], [o + h for h, o in zip(holes, ones, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@torch.no_grad()
+def last_token_scores(model):
+    """By hand, row by row without padding: the head on the last hidden state."""
+    hidden = [model.base_model(input_ids=torch.tensor([row])).last_hidden_state[0, -1] for row in ROWS]
+    return torch.stack([model.score(state).squeeze() for state in hidden])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_scores_as_its_rows_alone_on_either_side(classifier, side):
+    expected = last_token_scores(classifier)
+    ids, mask = padded(ROWS, side)
+    pool_by_mask(classifier)
+    with torch.no_grad():
+        logits = classifier(input_ids=ids, attention_mask=mask).logits
+    assert logits.shape == (len(ROWS), 1)
+    assert_close(logits.squeeze(1), expected, rtol=0, atol=1e-5)  # float32 sums in another order
+    assert_close(torch.tensor(score_ids(classifier, ROWS)), expected, rtol=0, atol=1e-5)
+    assert expected.std() > 0.1
+
+
+def test_the_stop_token_is_scored_although_it_is_the_pad_token(classifier):
+    with_stop, without = score_ids(classifier, [[7, 8, 9, STOP], [7, 8, 9]])
+    assert abs(with_stop - without) > 1e-3
+
+
+def test_scores_are_float32_also_of_a_base_in_half_precision(classifier):
+    classifier.bfloat16()
+    classifier.score.float()
+    ids, mask = padded(ROWS, "left")
+    with torch.no_grad():
+        scores = reward_scores(classifier, ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
+    assert scores.dtype == torch.float32 and scores.shape == (len(ROWS),)
+
+
+@pytest.fixture
+def card(tmp_path, classifier):
+    rows = [{"ids": ids, "reward": score} for ids, score in zip(ROWS, score_ids(classifier, ROWS), strict=True)]
+    content = {"rows": rows, "eval_rank_accuracy": 0.9, "eval_rank_accuracy_low": 0.8}
+    (tmp_path / "reward_card.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_the_card_is_passed_by_the_model_that_wrote_it(card, classifier):
+    assert check_reward_card(classifier, card) < 1e-5
+
+
+def test_the_card_is_failed_by_a_head_that_was_made_again(card, classifier):
+    torch.nn.init.normal_(classifier.score.weight)
+    with pytest.raises(ValueError, match="other scores than when it was trained.*Train it again"):
+        check_reward_card(classifier, card)
+
+
+def test_the_card_is_failed_by_another_base(card, classifier):
+    torch.nn.init.normal_(next(p for name, p in classifier.named_parameters() if ".0." in name and p.ndim == 2))
+    with pytest.raises(ValueError, match="another base"):
+        check_reward_card(classifier, card)
+
+
+@pytest.mark.parametrize("row", [0, 3, len(ROWS) - 1])
+def test_one_score_that_is_no_number_fails_the_card(card, classifier, monkeypatch, row):
+    scores = score_ids(classifier, ROWS)
+    scores[row] = float("nan")
+    monkeypatch.setattr(rewards, "score_ids", lambda model, rows: scores)
+    with pytest.raises(ValueError, match="off by nan"):
+        check_reward_card(classifier, card)
