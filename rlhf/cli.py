@@ -75,7 +75,7 @@ def _chat(arguments: argparse.Namespace) -> None:
         raise RunError(f"{arguments.adapter} is neither a run of a recipe nor a training stage of one.")
     print(f"adapter: {folder}")
     tokenizer = load_tokenizer(record["model_name_or_path"])
-    model = load_base(ModelConfig(model_name_or_path=record["model_name_or_path"]), tokenizer)
+    model = load_base(ModelConfig(model_name_or_path=record["model_name_or_path"], dtype="auto"), tokenizer)
     model = with_adapter(model, folder, "default")
     facts = arguments.fact or _some_persona(folder / record["parents"]["prepare"]["path"])
     persona = Persona(tuple(facts))

@@ -23,7 +23,7 @@ def test_help_names_the_commands(capsys):
         (["run", "recipes/demo", "--set", "sft.sed=1"], "did you mean `seed`"),
         (["run", "recipes/demo", "--set", "sed=1"], "`sed` (--set): no stage of this recipe knows it"),
         (["run", "recipes/demo", "--until", "deploy"], "invalid choice: 'deploy'"),
-        (["chat", "recipes/demo"], "no run of a training stage"),
+        (["chat", "recipes/demo"], "neither a run of a recipe nor a training stage"),
         (["deploy"], "invalid choice: 'deploy'"),
     ],
 )

@@ -95,6 +95,7 @@ def test_one_process(launch):
     assert all(len(ranks) == 1 for ranks in hashes(folder))
 
 
+@slow
 def test_a_rank_without_the_others_is_refused(launch):
     """Two processes are announced, and there is one: it neither trains alone nor waits for ever.
 
