@@ -75,3 +75,12 @@ def test_chat_replies_with_the_adapter(sft_run, tiny_llama, capsys, monkeypatch)
         expected = generate(sft_run.trainer.model, load_tokenizer(str(tiny_llama)), [messages], 8)[0]
         assert reply == expected.split("\n")[0]
         messages.append({"role": "assistant", "content": expected})
+
+
+def test_chat_with_a_run_takes_its_last_adapter(sft_run, dpo_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    for stage, run in (("sft", sft_run), ("dpo", dpo_run)):
+        (tmp_path / stage).symlink_to(run.folder)
+        main(["chat", str(tmp_path), "--fact", "i have a dog ."])
+        assert f"adapter: {tmp_path / stage}\n" in capsys.readouterr().out
+        monkeypatch.setattr("sys.stdin", io.StringIO(""))
