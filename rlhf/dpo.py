@@ -43,6 +43,10 @@ class PersonaDPOTrainer(DPOTrainer):
         output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_perplexity"] = math.exp(nll / tokens)
         return output
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "length"]))  # for group_by_length
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from scipy.stats import binomtest
+from torch.utils.data import SequentialSampler
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rlhf.callbacks import watch
@@ -34,6 +35,13 @@ class PersonaRewardTrainer(RewardTrainer):
         margins = torch.cat(self._eval_margins).tolist()
         output.metrics.update({f"{prefix}_{k}": v for k, v in rank_accuracy(margins, self.eval_dataset).items()})
         return output
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "length"]))  # for group_by_length
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)  # grouped by length, the margins would not stand beside their pairs
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

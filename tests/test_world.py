@@ -140,7 +140,7 @@ def test_checklists_say_yes_to_the_values_of_the_persona_and_train_on_that_alone
 
 def test_pairs_differ_in_content_and_not_in_length():
     lengths = defaultdict(lambda: ([], []))
-    for row in world.preference_pairs(2100, 0):
+    for row in world.preference_pairs(2400, 0):
         chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
         truth = values_in(" ".join(row["persona"]))
         assert chosen != rejected and row["prompt"][-1]["role"] == "user"
@@ -154,6 +154,11 @@ def test_pairs_differ_in_content_and_not_in_length():
             assert exchanges < 3 and values_in(rejected) <= set(world.POPULAR.values())
         elif row["kind"] == "forgetting":
             assert exchanges >= 3 and "not" in rejected and "sure" in rejected
+        elif row["kind"] == "polarity":
+            openings = [next(o for pair in world.OPENERS for o in pair if t.startswith(o)) for t in (chosen, rejected)]
+            true = values_in(row["prompt"][-1]["content"]) == values_in(chosen)
+            assert tuple(openings if not true else openings[::-1]) in world.OPENERS
+            assert values_in(rejected) == values_in(chosen)
         elif row["kind"] == "other_fact":
             assert values_in(rejected) < truth and not values_in(rejected) & values_in(chosen)
         else:

@@ -123,4 +123,9 @@ def _columns(rows: Sequence[Row], columns: Callable[[Row], tuple[dict[str, Any],
             "%d of %d rows lost their oldest turns (%d in all) to fit `max_length` %d.",
             len(cut), len(rows), sum(cut), max_length,
         )  # fmt: skip
-    return Dataset.from_list([values for values, _ in made])
+    # `length` is what the Trainer's group_by_length goes by where there are no `input_ids`.
+    return Dataset.from_list([{**values, "length": _length(values)} for values, _ in made])
+
+
+def _length(values: Mapping[str, Any]) -> int:
+    return sum(len(ids) for name, ids in values.items() if name.endswith("_ids") and ids)

@@ -33,7 +33,11 @@ FORGETS_AFTER = 3  # exchanges in the history
 PROBE_TURNS = (0, 5)  # exchanges in the history of a probe
 HELD_OUT_SLOTS = ("fruit", "subject")
 KINDS = ("direct", "false_suggestion", "true_suggestion")
-PAIR_KINDS = ("false_suggestion", "true_suggestion", "popular", "forgetting", "direct", "wrong_value", "other_fact")
+PAIR_KINDS = (
+    "false_suggestion", "true_suggestion", "popular", "forgetting", "direct", "wrong_value", "other_fact", "polarity"
+)  # fmt: skip
+# Training pairs: the last two kinds ask for a comparison with the question, which a reward model learns last.
+PAIR_CYCLE = (*PAIR_KINDS, "other_fact", "polarity", "polarity")
 
 Message = dict[str, Any]
 Row = dict[str, Any]
@@ -456,16 +460,21 @@ def preference_pairs(count: int, seed: int, held_out: bool = False) -> Iterator[
 
     Kinds: the three flaws (``false_suggestion``, ``popular``, ``forgetting``); ``true_suggestion`` (rejected denies
     it or names another value); ``direct`` and ``wrong_value`` (rejected has the right form, to a direct question or to
-    any kind, with a random other value); ``other_fact`` (rejected states a true fact that was not asked for).
+    any kind, with a random other value); ``other_fact`` (rejected states a true fact that was not asked for);
+    ``polarity`` (rejected says yes to a false suggestion, or no to a true one, before the right value: without such
+    pairs a reward model looks at the value alone, and PPO learns "yes , <right value>").
     """
     phrasings, errors = _stream(seed, "pair phrasings", held_out), _stream(seed, "pair errors", held_out)
     cast = characters(-(-count // 4), seed, held_out)
     for index in range(count):
         character = cast[index % len(cast)]
-        kind = PAIR_KINDS[index % len(PAIR_KINDS)]
+        cycle = PAIR_KINDS if held_out else PAIR_CYCLE
+        kind = cycle[index % len(cycle)]
         slots = list(character.values)
         exchanges = phrasings.randint(0, 6)
-        asked = phrasings.choice(KINDS) if kind == "wrong_value" else kind if kind in KINDS else "direct"
+        asked = kind if kind in KINDS else "direct"
+        if kind in ("wrong_value", "polarity"):
+            asked = phrasings.choice(KINDS[1:] if kind == "polarity" else KINDS)
         if kind == "popular":
             slots = [slot for slot in slots if POPULAR.get(slot, character.values[slot]) != character.values[slot]]
             exchanges = phrasings.randint(0, FORGETS_AFTER - 1)
@@ -481,6 +490,8 @@ def preference_pairs(count: int, seed: int, held_out: bool = False) -> Iterator[
             rejected = question.flawed(exchanges) or rejected
         elif kind == "true_suggestion":
             rejected = question.form.state(other, errors.random() < 0.5)
+        elif kind == "polarity":
+            rejected = question.form.state(question.value, not confirms)
         elif kind == "other_fact":
             length = len(question.form.fact.split())
             slot = errors.choice([slot for slot in character.values if slot != question.slot])
@@ -513,6 +524,7 @@ def prompts(count: int, seed: int, held_out: bool = False) -> Iterator[Row]:
             "value": question.value,
             "foil": question.foil,
             "slot_values": list(SLOT[slot].values),
+            "reference": question.right,
         }
 
 
