@@ -25,7 +25,8 @@ HELD_OUT = {"prepare.probe_characters": 500, "prepare.heldout_dialogues": 300}
 CONTROLS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("ppo_rule", "ppo", {"reward_adapter": "null", "reward_function": "rlhf.rewards:persona_rule"}),
     ("sft_chosen", "dpo", {"loss_type": "[sft]", "loss_weights": "[1.0]"}),
-    ("dpo_swapped", "dpo", {"swapped_share": "0.5"}),
+    # The preference term alone: the other one would learn from the right half of the swapped replies as SFT does.
+    ("dpo_swapped", "dpo", {"swapped_share": "0.5", "loss_type": "[sigmoid]", "loss_weights": "[1.0]"}),
     ("reward_swapped", "reward", {"swapped_share": "0.5"}),
     ("ppo_swapped", "ppo", {"reward_adapter": "{root}/reward_swapped"}),
 )
@@ -81,7 +82,8 @@ def accuracy_table(root: Path, seeds: list[int]) -> list[str]:
     names = [name for name in cards[0] if name.startswith("eval_") and not name.endswith(("_low", "_high"))]
     lines = ["| accuracy | " + " | ".join(f"seed {seed}" for seed in seeds) + " |", "|" + " --- |" * (len(seeds) + 1)]
     return lines + [
-        f"| {name.removeprefix('eval_')} | " + " | ".join(f"{card[name]:.3f}" for card in cards) + " |" for name in names
+        f"| {name.removeprefix('eval_')} | " + " | ".join(f"{card[name]:.3f}" for card in cards) + " |"
+        for name in names
     ]
 
 

@@ -76,7 +76,7 @@ def load_runs(runs: list[Path]) -> tuple[list[System], list[Stage], list[str]]:
             if name == "base" and not (run / name).is_dir():
                 continue  # a recipe on somebody's pretrained model has no such stage
             metadata = _read_json(run, f"{name}/metadata.json", prefix, missing)
-            trains = name not in ("prepare", "evaluate")
+            trains = name not in ("prepare", "evaluate") and "shipped" not in metadata
             log = _read_lines(run, f"{name}/metrics.jsonl", prefix, missing) if trains else []
             if metadata or log:
                 stages.append(Stage(prefix + name, name, metadata, log))

@@ -45,7 +45,8 @@ class PersonaDPOTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "length"]))  # for group_by_length
+        known: list[str] = self._signature_columns
+        self._signature_columns = list(dict.fromkeys([*known, "length"]))  # for group_by_length
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -137,7 +137,11 @@ def plan(recipe: Path, tiny: bool, until: str | None, root: Path, overrides: Map
                 used.add(name)
         argv = [word for file in files for word in ("--config", str(file))]
         for key, value in moved.items():
-            text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6)
+            text = (
+                value
+                if isinstance(value, str)
+                else yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
+            )
             argv += [f"--{key}={text.removesuffix(chr(10)).removesuffix('...').strip()}"]
         try:
             configs = parse(classes, argv, stage)

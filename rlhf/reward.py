@@ -38,7 +38,8 @@ class PersonaRewardTrainer(RewardTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "length"]))  # for group_by_length
+        known: list[str] = self._signature_columns
+        self._signature_columns = list(dict.fromkeys([*known, "length"]))  # for group_by_length
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
         return SequentialSampler(eval_dataset)  # grouped by length, the margins would not stand beside their pairs

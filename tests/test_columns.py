@@ -78,7 +78,8 @@ def test_prompt_and_completion_of_a_pair_make_the_dialogue(tokenizer):
     assert (pair["chosen_ids"], pair["rejected_ids"]) == (completion(tokenizer, NO), completion(tokenizer, YES))
     assert pair["kind"] == "contradiction"
     reward = reward_columns([MESSAGE_ROW], tokenizer, 512)[0]
-    assert set(reward) == {"chosen_ids", "rejected_ids", "kind"}
+    assert set(reward) == {"chosen_ids", "rejected_ids", "kind", "length"}
+    assert reward["length"] == sum(len(pair[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
     for key, reply in (("chosen_ids", NO), ("rejected_ids", YES)):
         whole, mask = ids_and_mask(tokenizer, reply)
         until_stop = whole[: len(mask) - mask[::-1].index(1)]

@@ -153,7 +153,7 @@ def test_pairs_differ_in_content_and_not_in_length():
         elif row["kind"] == "popular":
             assert exchanges < 3 and values_in(rejected) <= set(world.POPULAR.values())
         elif row["kind"] == "forgetting":
-            assert exchanges >= 3 and "not" in rejected and "sure" in rejected
+            assert exchanges >= 3 and rejected in world.EVASIONS.values()
         elif row["kind"] == "polarity":
             openings = [next(o for pair in world.OPENERS for o in pair if t.startswith(o)) for t in (chosen, rejected)]
             true = values_in(row["prompt"][-1]["content"]) == values_in(chosen)

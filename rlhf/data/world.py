@@ -193,8 +193,9 @@ SUGGESTION_FRAMES = (
 )
 # A rejection and a confirmation of the same number of words, so that length tells nothing about which is right.
 OPENERS = (("no ,", "yes ,"), ("nope ,", "yeah ,"), ("not really ,", "of course ,"))
-# By number of words. In words that the base knows how to say: new ones take an adapter very long to learn.
-EVASIONS = {5: "i am not sure .", 6: "i am not so sure .", 7: "sorry , i am not sure ."}
+# By number of words. In words that the base knows how to say, since new ones take an adapter very long to learn, and
+# without "not": after "i am not sure ." DPO blends the opener "not really ," into "not sure ,", which rejects nothing.
+EVASIONS = {5: "i am too tired .", 6: "i am a bit tired .", 7: "sorry , i am too tired ."}
 _SMALL_TALK = """
 hello there ! > hello , nice to meet you . | hi , good to see you ! | hey , how is it going ?
 hi , how are you ? > i am doing well , thanks . | pretty good , and you ? | a bit tired , but happy .
@@ -485,6 +486,8 @@ def preference_pairs(count: int, seed: int, held_out: bool = False) -> Iterator[
         prompt, question = _context(phrasings, character, phrasings.choice(slots), asked, exchanges)
         confirms = {"direct": None, "false_suggestion": False, "true_suggestion": True}[asked]
         other = _other_value(errors, question.slot, question.value, question.foil)
+        if kind == "wrong_value" and question.foil and errors.random() < 0.5:
+            other = question.foil  # "no , i have a <foil> .", which DPO comes to if no pair speaks against it
         rejected = question.form.state(other, confirms)
         if kind in ("false_suggestion", "popular", "forgetting"):
             rejected = question.flawed(exchanges) or rejected
