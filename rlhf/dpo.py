@@ -33,6 +33,8 @@ class ParentConfig:
 class PersonaDPOTrainer(DPOTrainer):
     """DPOTrainer on ids that are already rendered, with the held-out perplexity of the chosen replies."""
 
+    _signature_columns: list[str] | None
+
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # TRL's own would render the text again, by other rules
 
@@ -45,7 +47,7 @@ class PersonaDPOTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        known: list[str] = self._signature_columns
+        known = self._signature_columns or []
         self._signature_columns = list(dict.fromkeys([*known, "length"]))  # for group_by_length
 
     def compute_loss(

@@ -28,6 +28,8 @@ CARD_ROWS = 8
 class PersonaRewardTrainer(RewardTrainer):
     """RewardTrainer that says on held-out pairs how often the chosen reply wins: in all, by kind, and by length alone."""
 
+    _signature_columns: list[str] | None
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._eval_margins: list[torch.Tensor] = []
         output = super().evaluation_loop(*args, **kwargs)
@@ -38,7 +40,7 @@ class PersonaRewardTrainer(RewardTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        known: list[str] = self._signature_columns
+        known = self._signature_columns or []
         self._signature_columns = list(dict.fromkeys([*known, "length"]))  # for group_by_length
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
