@@ -24,6 +24,7 @@ GUARDS = (
     ("distinct_2", "distinct-2 ratio", "ratio", 0.8, math.inf),
     ("repetition", "repetition change", "difference", -math.inf, 0.03),
     ("question_rate", "question rate change", "difference", -0.2, 0.2),
+    ("kl_reference", "KL to SFT", "difference", -math.inf, 5.0),  # SFT's own is 0; broken policies have had 7 and more
 )
 
 
@@ -112,6 +113,8 @@ def guards(system: System, systems: list[System]) -> list[tuple[str, float | Non
     for metric, label, how, low, high in GUARDS:
         own = system.metrics.get(metric)
         other = yardstick.metrics.get(metric) if yardstick else None
+        if metric == "kl_reference" and own is None:
+            continue  # the base is no policy, and data without probes has no samples to estimate it on
         if own is None or other is None or (how == "ratio" and other.value == 0):
             checks.append((label, None, None))
         else:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from peft import PeftModel
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 FIXED = ("oracle", "wrong_persona", "silence")
+KL_REPLIES = 1000  # sampled probe replies that the KL is estimated on, of all kinds
 
 
 @dataclass
@@ -58,7 +59,12 @@ class EvaluateConfig:
     )
     batch_size: int = field(default=64, metadata={"help": "Replies decoded together.", "range": "[1, inf)"})
     seed: int = field(default=0, metadata={"help": "Of sampling and resampling."})
-    log_level: str = field(default="info", metadata={"help": "Of console and training.log."})
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def __post_init__(self) -> None:
+        odd = [name for name, path in self.systems.items() if path is None and name not in ("base", *FIXED)]
+        if odd:
+            raise ValueError(f"`systems`: {', '.join(odd)} has no adapter; null is for base, {', '.join(FIXED)} only")
 
 
 def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
@@ -245,9 +251,10 @@ def _add_perplexity(results: Row, model: Any, tokenizer: Any, dialogues: Sequenc
 
 def _add_kl(results: Row, model: Any, tokenizer: Any, rows: Sequence[Row], name: str, args: EvaluateConfig) -> None:
     """KL to the reference system in nats a reply, estimated on this system's own samples."""
-    sampled = [row for row in rows if row["decoding"] == "sampled"][:: max(1, len(rows) // 1000)]
+    sampled = [row for row in rows if row["decoding"] == "sampled"]
     if not sampled or args.reference_system not in args.systems or name == "base":
         return
+    sampled = random.Random(args.seed).sample(sampled, min(KL_REPLIES, len(sampled)))
     ids, masks = [], []
     for row in sampled:
         turns = [*row["history"], _user(row["question"]), {"role": "assistant", "content": row["response"]}]

@@ -37,12 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     try:
         arguments.command(arguments)
-    except ConfigError as error:
+    except (ValueError, OSError) as error:  # the traceback is in the stage's training.log
         exit_with(error)
-    except (RuntimeError, FileNotFoundError) as error:
+    except RuntimeError as error:
         from rlhf.record import RunError  # not at the top: it imports torch
 
-        if not isinstance(error, RunError | FileNotFoundError):
+        if not isinstance(error, RunError):
             raise
         exit_with(error)
 

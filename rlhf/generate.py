@@ -101,6 +101,8 @@ def generate(
     Returns:
         One reply a conversation, in their order, without the stop token and without space around it.
     """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    max_length = min(max_length, positions - max_new_tokens) if positions else max_length
     prompts = [
         render_within(messages, tokenizer, max_length, add_generation_prompt=True)[0]["input_ids"]
         for messages in conversations

@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from evaluation.report import write_report
 from rlhf.config import STAGES, ConfigError, dumps, load_recipe, parse
 from rlhf.files import folder_hash
-from rlhf.record import RunError, read_record
+from rlhf.record import RunError, base_hash, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -186,8 +186,15 @@ def _state(step: Step) -> tuple[str | None, str | None]:
     for name, parent in record["parents"].items():
         if folder_hash(step.folder / parent["path"]) != parent["hash"]:
             return f"runs anew: {name!r} changed; what was there moves to " + _set_aside(step.folder), None
-    if record["status"] == "done":
+    base = next((config.model_name_or_path for config in step.configs if hasattr(config, "model_name_or_path")), None)
+    if base is not None and record.get("base_hash") != base_hash(base):
+        return "runs anew: the base's weights changed; what was there moves to " + _set_aside(step.folder), None
+    if record["status"] == "done" and record.get("result_hash") in (None, folder_hash(step.folder)):
         return None, None
+    if record["status"] == "done":
+        return "runs anew: its files are not those it made; they move to " + _set_aside(step.folder), None
+    if (step.folder / "checkpoint.pt").is_file():
+        return "goes on from checkpoint.pt: it was interrupted", None
     checkpoint = get_last_checkpoint(str(step.folder))
     if checkpoint is None:
         return f"runs again: it stopped before its first checkpoint (status {record['status']!r})", None

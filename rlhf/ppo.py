@@ -38,6 +38,7 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig,
     check_world_size(training_args)
     if not (parents.reward_adapter or parents.reward_function):
         raise RunError("`reward_adapter` and `reward_function` are both empty. Set one of them.")
+    functions = [load_reward_function(parents.reward_function)] if parents.reward_function else []
     folders = {"prepare": data_args.dataset, "sft": parents.sft_adapter, "reward": parents.reward_adapter}
     with stage(
         "ppo",
@@ -68,7 +69,7 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig,
             model=model,
             args=training_args,
             reward_adapter="reward" if parents.reward_adapter else None,
-            reward_functions=[load_reward_function(parents.reward_function)] if parents.reward_function else [],
+            reward_functions=functions,
             train_dataset=prompt_columns(train_rows, tokenizer, training_args.max_length),
             eval_dataset=prompt_columns(eval_rows, tokenizer, training_args.max_length),
             processing_class=tokenizer,

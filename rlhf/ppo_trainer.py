@@ -428,15 +428,25 @@ class PPOTrainer(Trainer):
     ) -> dict[str, float]:
         """Reply to the held-out prompts; the scores and the KL, and the perplexity of the reference replies."""
         rows = list(eval_dataset if eval_dataset is not None else self.eval_dataset)
+        rows = rows[: len(rows) // self.args.world_size * self.args.world_size]  # equal numbers, so equal collectives
         rows = rows[self.args.process_index :: self.args.world_size]
+        if not rows:
+            raise ValueError(f"The held-out prompts are fewer than the {self.args.world_size} processes. Add some.")
+        size = self.args.per_device_eval_batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         log: dict[str, list[float]] = defaultdict(list)
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.args.seed)
-            self.rollout(rows, log)
-            metrics = {f"{metric_key_prefix}_{name}": values[0] for name, values in log.items()}
+            for batch in batches:
+                self.rollout(batch, log)
+            metrics = {
+                f"{metric_key_prefix}_{name}": sum(v * len(b) for v, b in zip(values, batches, strict=True))
+                / len(rows)
+                for name, values in log.items()
+            }
             if all(row.get("reference_ids") for row in rows):
-                nll = self._all_sum(self._reference_nll(rows))
+                nll = self._all_sum(torch.stack([self._reference_nll(batch) for batch in batches]).sum(0))
                 metrics[f"{metric_key_prefix}_loss"] = (nll[0] / nll[1]).item()
                 metrics[f"{metric_key_prefix}_perplexity"] = math.exp(metrics[f"{metric_key_prefix}_loss"])
         self.log(metrics)

@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
-from rlhf.config import ConfigError, exit_with, parse, save, values_of
+from rlhf.config import exit_with, parse, save, values_of
 from rlhf.files import folder_hash, git_commit, versions, write_json, write_text
 from rlhf.model import hardware
 
@@ -73,7 +73,7 @@ def stage(
         "versions": versions(),
         "hardware": {**hardware(), "processes": PartialState().num_processes},
         "parents": links,
-        **({"model_name_or_path": base, "base_hash": _base_hash(base)} if base else {}),
+        **({"model_name_or_path": base, "base_hash": base_hash(base)} if base else {}),
     }
     if "prepare" in record["parents"]:
         record["data_hash"] = record["parents"]["prepare"]["hash"]
@@ -113,7 +113,7 @@ def launch(
     """Run a script: parse the command line, call `main`; what the user can mend ends in a message, not a traceback."""
     try:
         main(*parse(config_classes, argv, stage_name))
-    except (ConfigError, RunError) as error:
+    except (RunError, ValueError, OSError) as error:  # the traceback is in training.log
         exit_with(error)
 
 
@@ -178,7 +178,7 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _base_hash(base: str) -> str | None:
+def base_hash(base: str) -> str | None:
     """By its weights where they lie in a folder, since a base that was trained anew keeps its path."""
     return folder_hash(base) if (Path(base) / "model.safetensors").is_file() else None
 
@@ -202,7 +202,7 @@ def _parent(name: str, path: Path, child: Path, base: str | None) -> dict[str, A
             f"{record['result_hash'][:12]}). Run the stage {name!r} again."
         )
     if base and "model_name_or_path" in record:
-        theirs, ours = record.get("base_hash") or record["model_name_or_path"], _base_hash(base) or base
+        theirs, ours = record.get("base_hash") or record["model_name_or_path"], base_hash(base) or base
         if theirs != ours:
             raise RunError(
                 f"The adapter of the stage {name!r} in {path} belongs to another base model: to "
@@ -228,7 +228,8 @@ def _peak_memory_gb() -> float:
 def _log_to(path: Path, level: str, main: bool) -> logging.Handler:
     """Log to the console (the main process alone) and append to `path`, with time and level."""
     root = logging.getLogger()
-    level = "info" if level == "passive" else level  # the Trainer's word for "as the application has it"
+    # Two words of the Trainer's: "as the application has it", and one level below debug.
+    level = {"passive": "info", "detail": "debug"}.get(level, level)
     root.setLevel(level.upper() if main else logging.ERROR)
     if not any(type(handler) is logging.StreamHandler for handler in root.handlers):
         root.addHandler(logging.StreamHandler())

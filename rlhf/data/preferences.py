@@ -49,10 +49,13 @@ def other_persona_pairs(rows: Sequence[Row], count: int, seed: int) -> list[Row]
 
 
 def prompts(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    """At most `count` dialogues, each cut off before a random reply."""
+    """At most `count` dialogues, each cut off before a random reply, which is its `reference`."""
     turns = _reply_turns(rows)
     random.Random(f"prompts/{seed}").shuffle(turns)
-    return [_prompt(rows[index], turn) for index, turn in turns[:count]]
+    return [
+        {**_prompt(rows[index], turn), "reference": rows[index]["messages"][turn]["content"]}
+        for index, turn in turns[:count]
+    ]
 
 
 def _reply_turns(rows: Sequence[Row]) -> list[tuple[int, int]]:
