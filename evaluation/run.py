@@ -249,12 +249,17 @@ def _add_perplexity(results: Row, model: Any, tokenizer: Any, dialogues: Sequenc
         _add(results, name, interval, sum(map(len, replies)))
 
 
+def _kl_rows(rows: Sequence[Row], seed: int) -> list[Row]:
+    """Sampled probe replies, drawn from all kinds, turns and wordings alike."""
+    sampled = [row for row in rows if row["decoding"] == "sampled"]
+    return random.Random(seed).sample(sampled, min(KL_REPLIES, len(sampled)))
+
+
 def _add_kl(results: Row, model: Any, tokenizer: Any, rows: Sequence[Row], name: str, args: EvaluateConfig) -> None:
     """KL to the reference system in nats a reply, estimated on this system's own samples."""
-    sampled = [row for row in rows if row["decoding"] == "sampled"]
+    sampled = _kl_rows(rows, args.seed)
     if not sampled or args.reference_system not in args.systems or name == "base":
         return
-    sampled = random.Random(args.seed).sample(sampled, min(KL_REPLIES, len(sampled)))
     ids, masks = [], []
     for row in sampled:
         turns = [*row["history"], _user(row["question"]), {"role": "assistant", "content": row["response"]}]

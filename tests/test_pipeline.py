@@ -191,6 +191,22 @@ def test_stopped_before_its_first_checkpoint(go, tmp_path):
     assert "stopped before its first checkpoint" in go(until="sft")["sft"]
 
 
+def test_a_damaged_stage_is_made_anew(go, tmp_path):
+    go(until="sft")
+    adapter = tmp_path / "run" / "sft" / "adapter_model.safetensors"
+    before = adapter.read_bytes()
+    adapter.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert "not those it made" in go(until="sft")["sft"]
+    assert adapter.read_bytes() == before
+
+
+def test_another_base_at_the_same_path_makes_the_stage_anew(go, tmp_path):
+    go(until="sft")
+    sft = tmp_path / "run" / "sft"
+    write_json(sft / "metadata.json", read_record(sft) | {"base_hash": "of other weights"})
+    assert "base's weights changed" in go(until="sft")["sft"]
+
+
 def test_missing_parent_names_the_command(recipe, tmp_path):
     """A stage alone, as its script is started."""
     from rlhf.pipeline import config_classes, parse

@@ -97,6 +97,15 @@ def test_no_persona_and_no_dialogue_on_both_sides(tmp_path, data):
             assert not {str(row[key]) for row in train} & {str(row[key]) for row in heldout}
 
 
+def test_prompts_carry_the_reply_that_follows(tmp_path, data):
+    prepare(config(tmp_path, data))
+    dialogues = [row["messages"] for name in FILES[:2] for row in read(tmp_path / "out" / name)]
+    for side in ("train", "heldout"):
+        for row in read(tmp_path / "out" / f"prompts_{side}.jsonl"):
+            reply = {"role": "assistant", "content": row["reference"]}
+            assert any(messages[: len(row["prompt"]) + 1] == [*row["prompt"], reply] for messages in dialogues)
+
+
 def test_the_same_seed_gives_the_same_bytes(tmp_path, data):
     first = prepare(config(tmp_path, data))
     again = prepare(PrepareConfig(str(tmp_path / "again"), "synthetic_persona_chat", path=data, max_turns=4))

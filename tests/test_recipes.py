@@ -85,6 +85,16 @@ def test_shared_file_is_extended(path):
     assert any(load_yaml(other)[0].get("extends") == "recipe.yaml" for other in path.parent.glob("*.yaml"))
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in STAGE_FILES if stage_of(p) in ("sft", "reward", "dpo", "ppo")], ids=name_of
+)
+def test_training_keeps_its_best_checkpoint(path):
+    values, _ = load_yaml(path)
+    # Without one of the two keys the Trainer determines no best, and rotation keeps the last ones alone.
+    assert values.get("load_best_model_at_end") or values.get("metric_for_best_model")
+    assert values["save_steps"] % values["eval_steps"] == 0
+
+
 def uncommented(path: Path) -> list[str]:
     """Keys without a comment behind them or in the line above; a stage's section is judged by its keys."""
     values, lines = load_yaml(path)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from evaluation.run import main, rule_reply
+from evaluation.run import EvaluateConfig, _kl_rows, main, rule_reply
 from rlhf.config import parse
 from rlhf.files import folder_hash, read_jsonl, write_json
 from rlhf.pipeline import config_classes
@@ -126,3 +126,20 @@ def test_rule_reply(kind, foil, persona, reply):
     probe = {"kind": kind, "slot": "pet", "value": "dog", "foil": foil}
     values = {"pet": persona} if persona else {}
     assert rule_reply(probe, {"persona": [f"i have a {persona} ."], "persona_values": values}) == reply
+
+
+def test_kl_is_estimated_on_all_kinds_and_turns():
+    kinds = ("direct", "false_suggestion", "true_suggestion")
+    rows = [
+        {"decoding": decoding, "kind": kinds[i % 3], "turn": 5 * (i // 6 % 2)}
+        for decoding in ("greedy", "sampled")
+        for i in range(6000)
+    ]
+    chosen = _kl_rows(rows, seed=0)
+    assert len(chosen) == 1000 and {row["decoding"] for row in chosen} == {"sampled"}
+    assert {(row["kind"], row["turn"]) for row in chosen} == {(kind, turn) for kind in kinds for turn in (0, 5)}
+
+
+def test_a_name_without_adapter_is_refused():
+    with pytest.raises(ValueError, match="orcale has no adapter"):
+        EvaluateConfig(dataset="x", output_dir="y", systems={"base": None, "orcale": None})
