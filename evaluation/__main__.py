@@ -24,12 +24,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     scorer.set_defaults(command=score)
 
-    runner = commands.add_parser(
+    commands.add_parser(  # listed here for the help alone: `main` hands it to the parser of recipes
         "run",
         help="generate, probe and score: --config recipes/<name>/evaluate.yaml [--key value ...]",
         add_help=False,
     )
-    runner.set_defaults(command=_run)
 
     reporter = commands.add_parser("report", help="write report.md and index.html from run folders")
     reporter.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder such as runs/demo")

@@ -22,7 +22,7 @@ from evaluation.perplexity import count_bytes, count_words, perplexity_intervals
 from evaluation.probes import persona_consistency, score_reply
 from evaluation.score import score_rows
 from rlhf.chat import render, render_within
-from rlhf.files import folder_hash, git_commit, read_jsonl, versions, write_json, write_jsonl
+from rlhf.files import read_jsonl, write_json, write_jsonl
 from rlhf.generate import generate
 from rlhf.lora import use_adapter, with_adapter
 from rlhf.model import load_base, load_tokenizer
@@ -107,11 +107,11 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
             results["run"] |= {
                 "system": name,
                 "adapter": folder,
-                "adapter_hash": folder_hash(Path(folder)) if folder else None,
+                "adapter_hash": record["parents"][name]["hash"] if folder else None,
                 "base": model_args.model_name_or_path,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "git_commit": git_commit(),
-                "versions": versions(),
+                "git_commit": record["git_commit"],
+                "versions": record["versions"],
                 "data_hash": record["data_hash"],
                 "decoding": {"greedy": {}, "sampled": {"temperature": args.temperature, "top_k": 0, "top_p": 1.0}},
                 "max_new_tokens": args.max_new_tokens,

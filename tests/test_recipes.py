@@ -76,7 +76,8 @@ def test_recipe_is_parsed_by_its_script(path, parse_with_script):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("paths", WITH_OVERLAY, ids=lambda paths: name_of(paths[0]))
 def test_recipe_is_parsed_with_its_overlay(paths, parse_with_script):
-    parse_with_script(stage_of(paths[0]), *paths)
+    values = parse_with_script(stage_of(paths[0]), *paths)
+    assert values["output_dir"].startswith(f"runs/{paths[0].parent.name}/")
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem == "recipe"], ids=name_of)
