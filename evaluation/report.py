@@ -336,51 +336,75 @@ def _untested(systems: list[System], stages: list[Stage]) -> list[str]:
 
 def _dialogues(systems: list[System], focus: str | None) -> dict[str, Any]:
     """A dozen probes that every system answered, drawn by `DIALOGUE_SEED`: up to `FAILURES` among the wrong answers of
-    the lead system, so that a good system's failures are seen too, and the rest among all."""
-    answers: dict[str, dict[str, dict[str, Any]]] = {}
-    for system in systems:
-        own = {
-            row["probe_id"]: row
-            for row in system.replies
-            if "probe_id" in row and row.get("decoding", "greedy") == "greedy" and row.get("correct") is not None
-        }
-        if own:
-            answers[system.label] = own
-    if not answers:
-        return {"focus": focus, "seed": DIALOGUE_SEED, "drawn": [], "failed": [], "pool": 0}
-    pool = sorted(set.intersection(*(set(own) for own in answers.values())))
+    the lead system, so that a good system's failures are seen too, and the rest among all. Where nothing was probed,
+    a dozen held-out dialogues."""
+    for key in (_probe_key, _dialogue_key):
+        answers: dict[str, dict[str, dict[str, Any]]] = {}
+        for system in systems:
+            own = {name: row for row in system.replies if (name := key(row)) is not None}
+            if own:
+                answers[system.label] = own
+        if answers:
+            break
+    pool = sorted(set.intersection(*map(set, answers.values()))) if answers else []
     generator = random.Random(DIALOGUE_SEED)
     shuffled = generator.sample(pool, len(pool))
-    wrong = [probe for probe in shuffled if focus in answers and not answers[focus][probe]["correct"]]
+    wrong = [name for name in shuffled if focus in answers and answers[focus][name].get("correct") is False]
     failed = wrong[:FAILURES]
-    drawn = [probe for probe in shuffled if probe not in failed][: DIALOGUES - len(failed)]
+    drawn = [name for name in shuffled if name not in failed][: DIALOGUES - len(failed)]
 
-    def show(probe: str) -> dict[str, Any]:
-        row = next(iter(answers.values()))[probe]
-        expected = {
-            "false_suggestion": f"not {row.get('foil')}, but {row.get('value')}",
-            "true_suggestion": f"yes, {row.get('value')}",
-        }.get(row.get("kind", ""), str(row.get("value")))
-        exchanges = row.get("turn", 0)
-        after = f"after {exchanges} exchanges" if exchanges else "asked at once"
-        split = SPLITS.get(row.get("split", ""), row.get("split", "")).lower()
-        return {
-            "heading": ", ".join(filter(None, [KINDS.get(row.get("kind", ""), row.get("kind", "")), after, split])),
-            "persona": row.get("persona", []),
-            "history": row.get("history", []),
-            "question": row.get("question", ""),
-            "expected": expected,
-            "replies": [
-                (label, own[probe].get("response", ""), bool(own[probe]["correct"])) for label, own in answers.items()
-            ],
-        }
+    def show(name: str) -> dict[str, Any]:
+        row = next(iter(answers.values()))[name]
+        replies = [(label, own[name].get("response", ""), own[name].get("correct")) for label, own in answers.items()]
+        return {**(_probe(row) if "probe_id" in row else _dialogue(row)), "replies": replies}
 
     return {
         "focus": focus,
         "seed": DIALOGUE_SEED,
-        "drawn": [show(probe) for probe in drawn],
-        "failed": [show(probe) for probe in failed],
+        "drawn": [show(name) for name in drawn],
+        "failed": [show(name) for name in failed],
         "pool": len(pool),
+    }
+
+
+def _probe_key(row: dict[str, Any]) -> str | None:
+    scored = row.get("correct") is not None and row.get("decoding", "greedy") == "greedy"
+    return row["probe_id"] if scored and "probe_id" in row else None
+
+
+def _dialogue_key(row: dict[str, Any]) -> str | None:
+    """Of a reply in a held-out dialogue; both of its speakers may have one, each with a persona."""
+    if "probe_id" in row or "dialogue_id" not in row or not row.get("history"):
+        return None
+    return json.dumps([row["dialogue_id"], row.get("persona", [])])
+
+
+def _probe(row: dict[str, Any]) -> dict[str, Any]:
+    expected = {
+        "false_suggestion": f"not {row.get('foil')}, but {row.get('value')}",
+        "true_suggestion": f"yes, {row.get('value')}",
+    }.get(row.get("kind", ""), str(row.get("value")))
+    exchanges = row.get("turn", 0)
+    after = f"after {exchanges} exchanges" if exchanges else "asked at once"
+    split = SPLITS.get(row.get("split", ""), row.get("split", "")).lower()
+    return {
+        "heading": ", ".join(filter(None, [KINDS.get(row.get("kind", ""), row.get("kind", "")), after, split])),
+        "persona": row.get("persona", []),
+        "history": row.get("history", []),
+        "question": row.get("question", ""),
+        "expected": f"expected: {expected}",
+    }
+
+
+def _dialogue(row: dict[str, Any]) -> dict[str, Any]:
+    *earlier, last = row["history"]
+    reference = row.get("reference")
+    return {
+        "heading": f"Held-out dialogue, after {len(row['history'])} messages",
+        "persona": row.get("persona", []),
+        "history": earlier,
+        "question": last.get("content", ""),
+        "expected": "no reference" if reference is None else f"reference: {reference}",
     }
 
 
@@ -432,9 +456,9 @@ def _markdown(page: dict[str, Any]) -> str:
             lines += [f"**{_md(probe['heading'])}.** Persona: {_md(' / '.join(probe['persona']))}", ""]
             for message in probe["history"]:
                 lines += [f"> {_md(message['role'])}: {_md(message['content'])}  "]
-            lines += [f"> user: **{_md(probe['question'])}** (expected: {_md(probe['expected'])})", ""]
+            lines += [f"> user: **{_md(probe['question'])}** ({_md(probe['expected'])})", ""]
             cells = [
-                [Cell(label), Cell(reply or "(empty)"), Cell("right" if ok else "wrong")]
+                [Cell(label), Cell(reply or "(empty)"), Cell({True: "right", False: "wrong"}.get(ok, "–"))]
                 for label, reply, ok in probe["replies"]
             ]
             lines += _md_table(Table(["System", "Reply", "Scored"], cells))

@@ -20,7 +20,7 @@ from evaluation import METRICS
 from evaluation.intervals import cluster_bootstrap
 from evaluation.perplexity import count_bytes, count_words, perplexity_intervals, reply_nll
 from evaluation.probes import persona_consistency, score_reply
-from evaluation.score import score_rows
+from evaluation.score import independent, score_rows
 from rlhf.chat import render, render_within
 from rlhf.files import read_jsonl, write_json, write_jsonl
 from rlhf.generate import generate
@@ -242,7 +242,7 @@ def _add_perplexity(results: Row, model: Any, tokenizer: Any, dialogues: Sequenc
         [sum(mask) for mask in masks],
         [sum(map(count_words, texts)) for texts in replies],
         [sum(map(count_bytes, texts)) for texts in replies],
-        [row["dialogue_id"] for row in dialogues],
+        independent(dialogues)[1],
         seed=args.seed,
     )
     for name, interval in intervals.items():

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from evaluation.engagement import has_question, length_words
 from evaluation.intervals import NUM_RESAMPLES, Interval, bootstrap_statistic, cluster_bootstrap, rate_interval
 from evaluation.overlap import ROUGE_SIGNATURE, bleu, bleu_from_statistics, bleu_statistics, f1, normalize, rouge
 from evaluation.persona import fact_density, is_copy, keyword_score
+from rlhf.data.split import characters
 from rlhf.files import git_commit, versions, write_json, write_jsonl
 from rlhf.persona import parse_prompt
 
@@ -103,6 +104,27 @@ def read_rows(path: Path) -> tuple[list[Row], list[Row]]:
     return rows, rejected
 
 
+def independent(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[Hashable]]:
+    """What is resampled for an interval, and the cluster of each row.
+
+    Replies of one character lean on the same facts, so the unit is the persona (personas that share most facts are one
+    character: [`rlhf.data.split.characters`]). Where all rows are of one, it is the dialogue, and in one dialogue the
+    reply. A row without a persona counts by its dialogue.
+
+    Returns:
+        `("persona" | "dialogue" | "reply", clusters)`.
+    """
+    by_dialogue: list[Hashable] = [row["dialogue_id"] for row in rows]
+    by_persona: list[Hashable] = [
+        number if row["persona"] else row["dialogue_id"] for row, number in zip(rows, characters(rows), strict=True)
+    ]
+    if len(set(by_persona)) > 1 and any(row["persona"] for row in rows):
+        return "persona", by_persona
+    if len(set(by_dialogue)) > 1:
+        return "dialogue", by_dialogue
+    return "reply", list(range(len(rows)))
+
+
 def score_rows(
     rows: Sequence[Mapping[str, Any]],
     seed: int = 0,
@@ -111,8 +133,7 @@ def score_rows(
 ) -> dict[str, Any]:
     """All metrics of recorded replies that need neither a model nor probes.
 
-    Intervals are 95 %, over dialogues; over replies where there is one dialogue only (`run["clusters"]` says which).
-    An empty reply is a reply: no overlap, no words. Metrics that no row can have are named with the reason in
+    Intervals are 95 %, over what [`independent`] finds to be independent (`run["clusters"]` says what). An empty reply is a reply: no overlap, no words. Metrics that no row can have are named with the reason in
     `run["not_scored"]`.
 
     Args:
@@ -127,9 +148,7 @@ def score_rows(
     """
     if not rows:
         raise ValueError("`rows` is empty: nothing to score.")
-    dialogues = [row["dialogue_id"] for row in rows]
-    unit = "dialogue" if len(set(dialogues)) > 1 else "reply"
-    clusters: list[Any] = dialogues if unit == "dialogue" else list(range(len(rows)))
+    unit, clusters = independent(rows)
     replies = [row["response"] for row in rows]
     metrics: dict[str, Row] = {}
     not_scored: dict[str, str] = {}

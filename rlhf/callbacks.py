@@ -65,9 +65,10 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         row = {"step": state.global_step, **{key: value for key, value in logs.items() if key != "total_flos"}}
+        numbers = {key: value if not _is_number(value) or math.isfinite(value) else None for key, value in row.items()}
         with (Path(args.output_dir) / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        shown = {key: round(value, 4) for key, value in row.items() if isinstance(value, int | float)}
+            file.write(json.dumps(numbers, allow_nan=False) + "\n")  # null for NaN and infinity, which JSON lacks
+        shown = {key: round(value, 4) for key, value in row.items() if _is_number(value)}
         logger.info("%s", " ".join(f"{key}={value}" for key, value in shown.items()))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -160,6 +161,10 @@ def _rewind(path: Path, step: int) -> None:
     write_jsonl(path, (row for row in rows if row["step"] <= step))
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Loss by step, training and held-out, as a PNG; for PPO also the score and the KL to the reference."""
     panels = [
@@ -173,7 +178,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(5 * len(panels), 3.2), layout="constrained")
     for axis, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for key, label in curves:
-            points = [(row["step"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
         axis.set_xlabel("step")

@@ -64,6 +64,7 @@ def stage(
     set_seed(seed)  # before a model is loaded: a new score head is random
     handler = _log_to(folder / "training.log", log_level, main)
     began = time.perf_counter()
+    _forget_peak_memory()
     record: dict[str, Any] = {
         "stage": name,
         "status": "running",
@@ -219,9 +220,20 @@ def _parent(name: str, path: Path, child: Path, base: str | None) -> dict[str, A
     return {"path": os.path.relpath(path, child), "hash": current}
 
 
+def _forget_peak_memory() -> None:
+    """Begin to measure anew: on a CPU all stages of a recipe share one process, whose peak would be that of all."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux alone; elsewhere the number is the peak since the process began
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_memory_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 

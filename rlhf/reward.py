@@ -64,19 +64,23 @@ def rank_accuracy(margins: list[float], pairs: Any) -> dict[str, float]:
         pairs: Columns `chosen_ids`, `rejected_ids`, `kind`.
 
     Returns:
-        `rank_accuracy` with its Wilson interval (95 %), `rank_accuracy/<kind>`, and `longer_wins_accuracy`, what a
-        judge would reach who only prefers the longer reply (half a point for equal lengths).
+        `rank_accuracy` with its Wilson interval (95 %), the same for each kind as `rank_accuracy/<kind>`, and
+        `longer_wins_accuracy`, what a judge would reach who only prefers the longer reply (half a point for equal
+        lengths).
     """
     won = [margin > 0 for margin in margins]
-    interval = binomtest(sum(won), len(won)).proportion_ci(method="wilson")
-    metrics = {"rank_accuracy": sum(won) / len(won), "rank_accuracy_low": float(interval.low)}
-    metrics["rank_accuracy_high"] = float(interval.high)
-    longer = [len(pair["chosen_ids"]) - len(pair["rejected_ids"]) for pair in pairs]
-    metrics["longer_wins_accuracy"] = sum((d > 0) + 0.5 * (d == 0) for d in longer) / len(longer)
     by_kind = defaultdict(list)
     for kind, correct in zip(pairs["kind"], won, strict=True):
         by_kind[kind].append(correct)
-    return metrics | {f"rank_accuracy/{kind}": sum(w) / len(w) for kind, w in sorted(by_kind.items())}
+    metrics = {}
+    for name, results in {"": won, **{f"/{kind}": by_kind[kind] for kind in sorted(by_kind)}}.items():
+        interval = binomtest(sum(results), len(results)).proportion_ci(method="wilson")
+        metrics[f"rank_accuracy{name}"] = sum(results) / len(results)
+        metrics[f"rank_accuracy{name}_low"] = float(interval.low)
+        metrics[f"rank_accuracy{name}_high"] = float(interval.high)
+    longer = [len(pair["chosen_ids"]) - len(pair["rejected_ids"]) for pair in pairs]
+    metrics["longer_wins_accuracy"] = sum((d > 0) + 0.5 * (d == 0) for d in longer) / len(longer)
+    return metrics
 
 
 def main(data_args: DataConfig, pair_args: PairConfig, training_args: RewardConfig, model_args: ModelConfig) -> None:

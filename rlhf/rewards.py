@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,11 @@ def check_reward_card(model: PreTrainedModel, folder: str | Path) -> float:
     scores = score_ids(model, [row["ids"] for row in rows])
     stored = torch.tensor([row["reward"] for row in rows])
     furthest = (torch.tensor(scores) - stored).abs().max().item()  # NaN if one of them is, unlike Python's max
-    if card["eval_rank_accuracy_low"] <= 0.5:
+    for name in guesses(card):
         logger.warning(
-            "The reward model in %s ranks held-out pairs no better than chance (%.2f, lower bound %.2f): its reward "
-            "will be gamed, not learned.", folder, card["eval_rank_accuracy"], card["eval_rank_accuracy_low"],
+            "The reward model in %s is no better than chance at %s (%.2f, lower bound %.2f): a policy trained on it "
+            "will find that out. Train it for more steps or on more pairs of that kind.",
+            folder, name, card[name], card[f"{name}_low"],
         )  # fmt: skip
     limit = 1e-3 if model.dtype is torch.float32 else 0.05
     if not furthest <= limit:
@@ -100,6 +101,11 @@ def check_reward_card(model: PreTrainedModel, folder: str | Path) -> float:
             f"{limit:g}). Its score head was lost, or it was loaded on another base. Train it again."
         )
     return furthest
+
+
+def guesses(card: Mapping[str, Any]) -> list[str]:
+    """Names of the accuracies in a reward card, the overall one and those by kind, that chance would explain."""
+    return [name.removesuffix("_low") for name, low in card.items() if name.endswith("_low") and low <= 0.5]
 
 
 def load_reward_function(name: str) -> RewardFunction:

@@ -1,5 +1,6 @@
 """What every training writes and watches: its run folder, checkpoints, precision, checkpointing, ranks."""
 
+import json
 import logging
 import re
 
@@ -123,10 +124,19 @@ def test_rows_beyond_the_checkpoint_are_dropped(step, kept, tmp_path):
     assert [row["step"] for row in read_jsonl(tmp_path / "samples.jsonl")] == (kept or [0])
 
 
+def test_a_number_that_json_lacks_is_null(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    state = TrainerState(global_step=3, is_world_process_zero=True)
+    logs = {"loss": float("nan"), "grad_norm": float("inf"), "learning_rate": 0.5, "note": "text"}
+    MetricsFile().on_log(args, state, TrainerControl(), logs=logs)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row == {"step": 3, "loss": None, "grad_norm": None, "learning_rate": 0.5, "note": "text"}
+
+
 def test_curves(tmp_path):
     plot_curves([{"step": 1, "learning_rate": 0.1}], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
-    plot_curves([{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}], tmp_path / "one.png")
+    plot_curves([{"step": 1, "loss": None}, {"step": 2, "loss": 1.0}], tmp_path / "one.png")
     plot_curves([{"step": 1, "loss": 1.0, "objective/scores": 1.0, "objective/kl": 0.1}], tmp_path / "three.png")
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "three.png") as three:
         assert three.width == 3 * one.width

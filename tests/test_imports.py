@@ -29,6 +29,7 @@ EVALUATION_MAY = {
         # one record format, and one way to write a file and to say what made it
         "files",
         "record",
+        "data.split",  # which personas are one character
     )
 }
 # Some distributions carry another name than the module they bring.

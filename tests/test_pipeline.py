@@ -88,6 +88,16 @@ def test_plan_of_the_shipped_recipes(name, tiny, tmp_path):
     assert [step.stage for step in plan(ROOT / "recipes" / name, tiny, "sft", tmp_path, {})][-1] == "sft"
 
 
+def test_a_base_that_is_trained_anew_is_the_base_of_all_stages(tmp_path):
+    demo = ROOT / "recipes" / "demo"
+    shipped, trained = (
+        {values_of(step.configs).get("model_name_or_path") for step in plan(demo, False, None, tmp_path, overrides)}
+        for overrides in ({}, {"base.retrain": "true"})
+    )
+    assert {Path(base).resolve() for base in shipped - {None}} == {demo / "base"}
+    assert trained - {None} == {str(tmp_path / "base")}
+
+
 def test_overlay_and_overrides(recipe, tmp_path):
     def steps_of_sft(tiny, overrides):
         (step,) = [s for s in plan(recipe, tiny, None, tmp_path, overrides) if s.stage == "sft"]

@@ -1,16 +1,29 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf import pretrain
 from rlhf.data import world
-from rlhf.pretrain import PretrainConfig, batches, build_model, build_tokenizer, collate, encode, learning_rate_factor
+from rlhf.files import folder_hash
+from rlhf.pretrain import (
+    BaseConfig,
+    PretrainConfig,
+    batches,
+    build_model,
+    build_tokenizer,
+    collate,
+    encode,
+    learning_rate_factor,
+)
+from rlhf.record import RunError
 
 BASE = Path(__file__).parent.parent / "recipes" / "demo" / "base"
 TOKENIZER = build_tokenizer()
@@ -188,3 +201,35 @@ def test_the_shipped_base_is_small_and_speaks_this_world():
         right += reply.strip() in expected
     # .97 of the facts were kept in a large sample; some 70 probes leave room for four failures.
     assert right / len(probes) > 0.93
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A base of four steps, as `main` takes it."""
+    heldout = pretrain.heldout_batches(TOKENIZER)[:1]
+    monkeypatch.setattr(pretrain, "heldout_batches", lambda tokenizer: heldout)
+    return {**TINY, "num_steps": 4, "short_steps": 2, "retrain": True}
+
+
+def test_the_stage_trains_what_train_does(small, tmp_path):
+    pretrain.main(BaseConfig(str(tmp_path / "base"), **small))
+    record = json.loads((tmp_path / "base" / "metadata.json").read_text())
+    assert record["status"] == "done" and record["step"] == 4 and "shipped" not in record
+    pretrain.train(PretrainConfig(str(tmp_path / "alone"), **{k: v for k, v in small.items() if k != "retrain"}))
+    base, alone = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("base", "alone"))
+    assert base == alone
+
+
+def test_the_shipped_base_is_used_as_it_is_and_refused_when_altered(tmp_path):
+    pretrain.main(BaseConfig(str(tmp_path / "run"), shipped=str(BASE)))
+    record = json.loads((tmp_path / "run" / "metadata.json").read_text())
+    assert record["shipped"]["result_hash"] == folder_hash(BASE)
+    altered = tmp_path / "altered"
+    shutil.copytree(BASE, altered)
+    weights = load_file(altered / "model.safetensors")
+    next(iter(weights.values()))[0] += 1
+    save_file(weights, altered / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match="not those of its record.json"):
+        pretrain.main(BaseConfig(str(tmp_path / "run"), shipped=str(altered)))
+    with pytest.raises(RunError, match="Set `retrain`"):
+        pretrain.main(BaseConfig(str(tmp_path / "run")))

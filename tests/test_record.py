@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -143,3 +144,15 @@ def test_metadata_is_json_without_nan(tmp_path):
     folder = tmp_path / "sft"
     run_stage(folder)
     json.loads((folder / "metadata.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").is_file(), reason="the kernel's peak can be reset on Linux alone"
+)
+def test_peak_memory_is_that_of_the_stage(tmp_path):
+    bytearray(600_000_000)  # another stage's, gone before this one starts
+    run_stage(tmp_path / "small")
+    with stage("prepare", tmp_path / "large", [], 0):
+        bytearray(600_000_000)
+    small, large = (read_record(tmp_path / name)["peak_memory_gb"] for name in ("small", "large"))
+    assert large - small == pytest.approx(0.6, abs=0.1)  # what the interpreter allocates meanwhile

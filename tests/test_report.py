@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -447,3 +448,26 @@ def test_two_runs_are_told_apart(tmp_path: Path) -> None:
     rows = table_rows(text, "Persona consistency")
     assert "demo / ppo" in rows and "other / ppo" in rows and len(rows) == 15
     assert "One training seed for base, reward, dpo, ppo" in text
+
+
+def test_held_out_dialogues_where_nothing_was_probed(tmp_path):
+    run = make_runs(tmp_path, curves=False)
+    persona = ["i sail <b>boats</b> ."]
+    for system in ("sft", "ppo"):
+        rows = [
+            {"dialogue_id": f"d{i}", "persona": persona, "decoding": "greedy", "correct": None, "reference": f"truth {i}",
+             "history": [{"role": "user", "content": "first"}, {"role": "assistant", "content": "second"},
+                         {"role": "user", "content": f"question {i}"}], "response": f"{system} says {i}"}
+            for i in range(20)
+        ]  # fmt: skip
+        write(run / f"evaluate/{system}/replies.jsonl", rows)
+    for other in set(SYSTEMS) - {"sft", "ppo"}:
+        shutil.rmtree(run / "evaluate" / other)
+    page = write_report([run], tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    shown = re.findall(r"user: \*\*question (\d+)\*\* \(reference: truth (\d+)\)", text)
+    assert len(shown) == 12 == len(set(shown)) and all(question == truth for question, truth in shown)
+    for number, _ in shown:
+        assert f"| sft | sft says {number} | – |\n| ppo | ppo says {number} | – |" in text
+    html = Page(page.read_text()).text
+    assert "ppo says " + shown[0][0] in html and "i sail <b>boats</b> ." in html and "right" not in html

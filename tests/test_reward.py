@@ -40,8 +40,9 @@ def test_rank_accuracy_by_hand():
         "kind": ["a", "a", "b", "b"],
     })  # fmt: skip
     metrics = rank_accuracy([0.5, -0.1, 0.0, 2.0], pairs)  # won, lost, a tie, won
-    assert metrics.pop("rank_accuracy_low") == pytest.approx(wilson(2, 4)[0])
-    assert metrics.pop("rank_accuracy_high") == pytest.approx(wilson(2, 4)[1])
+    for name, won, n in (("", 2, 4), ("/a", 1, 2), ("/b", 1, 2)):
+        low, high = metrics.pop(f"rank_accuracy{name}_low"), metrics.pop(f"rank_accuracy{name}_high")
+        assert (low, high) == pytest.approx(wilson(won, n))
     assert metrics == {
         "rank_accuracy": 0.5, "rank_accuracy/a": 0.5, "rank_accuracy/b": 0.5, "longer_wins_accuracy": 2.5 / 4,
     }  # fmt: skip
@@ -64,7 +65,11 @@ def test_metrics_are_those_of_the_saved_adapter(reward_run, tiny_llama, dataset)
     longer = [len(c) - len(r) for c, r in zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)]
     points = sum(1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in longer)
     assert card["eval_longer_wins_accuracy"] == points / len(pairs) and 0 < points < len(pairs)
-    kinds = {key.split("/")[1] for key in card if key.startswith("eval_rank_accuracy/")}
+    kinds = {
+        key.split("/")[1]
+        for key in card
+        if key.startswith("eval_rank_accuracy/") and not key.endswith(("_low", "_high"))
+    }
     assert kinds == {"direct", "false_suggestion", "true_suggestion"}
     for row, score in zip(card["rows"][:4], chosen, strict=False):
         assert row["reward"] == pytest.approx(score, abs=1e-5)  # float32, padded against alone

@@ -194,6 +194,16 @@ def test_the_card_is_passed_by_the_model_that_wrote_it(card, classifier):
     assert check_reward_card(classifier, card) < 1e-5
 
 
+@pytest.mark.parametrize(("low", "warned"), [(0.51, False), (0.5, True)])
+def test_a_kind_of_pair_at_chance_is_named(low, warned, card, classifier, caplog):
+    content = json.loads((card / "reward_card.json").read_text())
+    content |= {"eval_rank_accuracy/polarity": 0.6, "eval_rank_accuracy/polarity_low": low}
+    (card / "reward_card.json").write_text(json.dumps(content))
+    check_reward_card(classifier, card)
+    said = [record.getMessage() for record in caplog.records]
+    assert [("eval_rank_accuracy/polarity (0.60, lower bound 0.50)" in line) for line in said] == [True] * warned
+
+
 def test_the_card_is_failed_by_a_head_that_was_made_again(card, classifier):
     torch.nn.init.normal_(classifier.score.weight)
     with pytest.raises(ValueError, match="other scores than when it was trained.*Train it again"):

@@ -11,7 +11,7 @@ import sacrebleu
 
 from evaluation import METRICS
 from evaluation.__main__ import main
-from evaluation.score import read_rows, score_rows
+from evaluation.score import independent, read_rows, score_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,7 +83,7 @@ def test_values_by_hand():
 def test_run_says_what_was_scored():
     run = score_rows(make_rows(), seed=3)["run"]
     assert (run["rows"], run["rows_without_reference"], run["empty_responses"], run["seed"]) == (4, 1, 1, 3)
-    assert run["clusters"] == {"unit": "dialogue", "n": 3}
+    assert run["clusters"] == {"unit": "dialogue", "n": 3}  # one persona in all rows
     assert run["distinct_tokens"] == 12
     assert run["not_scored"] == {}
     assert "case:lc" in run["signatures"]["bleu"] and "stemmer:no" in run["signatures"]["rouge"]
@@ -253,3 +253,33 @@ def test_module_is_a_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "keyword_score" in done.stdout
     assert json.loads(output.read_text())["run"]["rows"] == 4
+
+
+def test_intervals_are_over_personas():
+    """12 personas of 4 dialogues each, which agree within a persona: 48 dialogues tell no more than 12 do."""
+    lengths = [1, 9, 3, 7, 2, 8, 4, 6, 1, 9, 5, 5]
+    rows = [
+        make_row(persona=[f"i live in town{i} ."], response="word " * n, dialogue_id=f"{i}/{j}")
+        for i, n in enumerate(lengths) for j in range(4)
+    ]  # fmt: skip
+    result = score_rows(rows)
+    assert result["run"]["clusters"] == {"unit": "persona", "n": 12}
+    row = result["metrics"]["length_words"]
+    # Normal approximation of the mean of 12; the bootstrap's tails are a little shorter at this n.
+    half = 1.96 * np.std(lengths) / np.sqrt(12)
+    assert (row["ci_high"] - row["ci_low"]) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_who_is_one_cluster():
+    shared = ["i have a dog .", "i am a nurse .", "i like tea ."]
+    rows = [
+        make_row(persona=shared, dialogue_id="a"),
+        make_row(persona=[*shared[:2], "i live in Rome ."], dialogue_id="b"),  # most facts shared: the same character
+        make_row(persona=["i sing ."], dialogue_id="b"),
+        make_row(persona=[], dialogue_id="c"),
+        make_row(persona=[], dialogue_id="c"),
+    ]
+    unit, clusters = independent(rows)
+    assert unit == "persona" and clusters[0] == clusters[1] != clusters[2] and clusters[3:] == ["c", "c"]
+    assert independent(rows[3:]) == ("reply", [0, 1])
+    assert independent([rows[3], {**rows[3], "dialogue_id": "d"}]) == ("dialogue", ["c", "d"])
