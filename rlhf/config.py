@@ -545,16 +545,6 @@ def parse(
     return tuple(configs)
 
 
-def parse_or_exit(
-    config_classes: Sequence[type], argv: Sequence[str] | None = None, stage: str | None = None
-) -> tuple[Any, ...]:
-    """`parse` for a command: on a ConfigError its text goes to stderr and the process ends with status 2."""
-    try:
-        return parse(config_classes, argv, stage)
-    except ConfigError as error:
-        exit_with(error)
-
-
 def exit_with(error: Exception) -> NoReturn:
     """End the process as command-line tools do for a wrong call: the message on stderr, status 2, no traceback."""
     sys.stderr.write(f"error: {error}\n")

@@ -13,7 +13,7 @@ import yaml
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from rlhf import config
-from rlhf.config import ConfigError, DataConfig, defaults, load_recipe, load_yaml, merge, parse, parse_or_exit, save
+from rlhf.config import ConfigError, DataConfig, defaults, load_recipe, load_yaml, merge, parse, save
 from rlhf.model import machine_defaults
 from rlhf.ppo_trainer import PPOConfig
 
@@ -306,10 +306,9 @@ def test_an_unusual_rank_warns(caplog):
 
 
 def test_no_traceback_on_the_command_line():
-    code = "from rlhf.config import DataConfig, parse_or_exit; parse_or_exit((DataConfig,))"
     root = Path(config.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", code, "--max_train_rows", "many"],
+        [sys.executable, "rlhf/prepare.py", "--source=world", "--seed=many"],
         check=False,
         capture_output=True,
         text=True,
@@ -317,13 +316,6 @@ def test_no_traceback_on_the_command_line():
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: the configuration has 2 problems:") and "Traceback" not in done.stderr
-
-
-def test_parse_or_exit_returns_what_parse_returns(capsys):
-    assert parse_or_exit((Loop,), ["--steps=4"]) == parse((Loop,), ["--steps=4"])
-    with pytest.raises(SystemExit) as caught:
-        parse_or_exit((Loop,), ["--steps=four"])
-    assert caught.value.code == 2 and "`steps`: 'four'" in capsys.readouterr().err
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------
