@@ -171,10 +171,14 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> L
 
 
 def encode(rows: list[world.Row], tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of dialogues, and which of them the loss is taken on: those of trained turns with their `<|end|>`."""
+    """Token ids of dialogues, and which of them the loss is taken on: those of trained turns with their `<|end|>`.
+
+    A user's or system's turn that is trained on is so with the token that opens it: who speaks is predicted, too.
+    """
     messages = [[{"role": "system", "content": "\n".join(row["persona"])}, *row["messages"]] for row in rows]
     texts = tokenizer.apply_chat_template(messages, tokenize=False)
     openings = set(tokenizer.convert_tokens_to_ids([f"<|{role}|>" for role in ROLES]))
+    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
     encoded = []
     for turns, ids in zip(messages, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
         trained = iter([turn.get("train", turn["role"] == "assistant") for turn in turns])
@@ -184,7 +188,7 @@ def encode(rows: list[world.Row], tokenizer: PreTrainedTokenizerFast) -> list[tu
                 current = next(trained)
                 if isinstance(current, list):
                     current = set(tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in current]))
-                mask.append(False)
+                mask.append(current is True and token != assistant)
             else:
                 mask.append(token in current if isinstance(current, set) else current)
         encoded.append((ids, mask))

@@ -93,7 +93,7 @@ def test_loss_is_taken_on_trained_turns_alone():
     [(ids, mask)] = encode([row], TOKENIZER)
     trained = TOKENIZER.decode([token for token, here in zip(ids, mask, strict=True) if here])
     assert ids == rendered_ids(with_system(row))
-    assert trained == " really ?<|end|> sorry , i was wrong , i have a dog .<|end|> yes no"
+    assert trained == "<|user|> really ?<|end|> sorry , i was wrong , i have a dog .<|end|> yes no"
 
 
 def test_loss_equals_that_of_transformers():

@@ -27,7 +27,8 @@ def test_slots_are_exclusive_single_lower_case_words():
 
 
 def test_nothing_but_a_value_names_a_value():
-    texts = [*world.SUGGESTION_FRAMES, *world.EVASIONS.values(), *world.DOUBTS, world.SURE, world.CORRECTION]
+    texts = [*world.SUGGESTION_FRAMES, *world.EVASIONS.values(), world.SURE, world.CORRECTION]
+    texts += [doubt["content"] for doubt in world.DOUBTS]
     texts += [text for slot in SLOTS for text in (*slot.facts, *slot.questions)]
     texts += [text for line, replies in world.SMALL_TALK.items() for text in (line, *replies)]
     assert [text for text in texts if values_in(text)] == []
@@ -111,16 +112,21 @@ def test_self_checks_train_on_the_judgement_and_not_on_the_wrong_statement():
         truth = values_in(" ".join(row["persona"]))
         for before, doubt, after in zip(row["messages"], row["messages"][1:], row["messages"][2:], strict=False):
             wrong = before.get("train") is False
-            if doubt["content"] not in world.DOUBTS:
+            if {"role": doubt["role"], "content": doubt["content"]} not in world.DOUBTS:
                 assert not wrong
                 continue
-            seen[wrong] += 1
+            seen[wrong, doubt["role"]] += 1
             assert doubt["train"] is True
             assert after["content"].startswith("sorry" if wrong else "yes , i am sure")
             assert values_in(after["content"]) <= truth
+            said = values_in(before["content"])
+            seen["right value behind the wrong word"] += wrong and said <= truth
             if not wrong:
-                assert values_in(before["content"]) <= truth
-    assert min(seen.values()) > 50
+                assert said <= truth
+    assert min(seen.values()) > 20 and seen["right value behind the wrong word"] > 50
+    for wrong, usual in ((False, "user"), (True, "system")):
+        share = seen[wrong, usual] / (seen[wrong, "user"] + seen[wrong, "system"])
+        assert share == pytest.approx(0.85, abs=0.06)  # two standard errors of some 150 doubts
 
 
 def test_checklists_say_yes_to_the_values_of_the_persona_and_train_on_that_alone():

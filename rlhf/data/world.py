@@ -217,7 +217,8 @@ what is new ? > not much , all is well . | same as ever , really . | nothing spe
 SMALL_TALK: dict[str, tuple[str, ...]] = {
     line: tuple(replies.split(" | ")) for line, replies in (row.split(" > ") for row in _SMALL_TALK.split("\n")[1:-1])
 }
-DOUBTS = ("really ?", "are you sure ?")
+# Of a right statement, mostly by the user; of a wrong one, mostly by the system.
+DOUBTS = ({"role": "user", "content": "really ?"}, {"role": "system", "content": "are you sure ?"})
 CHECKLIST = "which of these are true ?"
 SURE = "yes , i am sure , {}"
 CORRECTION = "sorry , i was wrong , {}"
@@ -225,7 +226,15 @@ CORRECTION = "sorry , i was wrong , {}"
 
 def words() -> list[str]:
     """All words of the world, sorted: the tokenizer makes each of them one token."""
-    texts = [*SUGGESTION_FRAMES, *EVASIONS.values(), *DOUBTS, CHECKLIST, SURE, CORRECTION, "you your are"]
+    texts = [
+        *SUGGESTION_FRAMES,
+        *EVASIONS.values(),
+        *(doubt["content"] for doubt in DOUBTS),
+        CHECKLIST,
+        SURE,
+        CORRECTION,
+        "you your are",
+    ]
     texts += ["hmm remember"]  # spare words, in the shipped tokenizer
     texts += [opener for pair in OPENERS for opener in pair]
     texts += [text for slot in SLOTS for text in (*slot.values, *slot.facts, *slot.questions)]
@@ -375,10 +384,10 @@ def base_dialogue(seed: int, index: int, max_exchanges: int = 8, checklists: flo
     A message may carry ``train``: True, False, or the words that are trained on (default: True for the assistant).
     Two exercises, which occur nowhere else, teach the model to compare a statement with its persona:
 
-    - self-checks: after a quarter of the questions the user doubts what the assistant stated, rightly or deliberately
-      wrongly (not trained on), and the assistant confirms or corrects itself. The user tends to doubt a wrong
-      statement in other words than a right one, and that turn is trained on, so that the end of a reply already tells
-      them apart;
+    - self-checks: after a quarter of the questions what the assistant stated is doubted, rightly or deliberately
+      wrongly (not trained on), and the assistant confirms or corrects itself. It is mostly the user who doubts a right
+      statement and the system that doubts a wrong one, and who does is trained on. So the last token of a reply, where
+      a reward head sits, already tells them apart, the right value behind a wrong "yes" or "no" among them;
     - checklists, a share ``checklists`` of the dialogues: one value for each slot of the persona, each followed by yes
       or no, which alone are trained on. Without them it takes very long until a leading yes or no is learned.
     """
@@ -411,15 +420,17 @@ def _dense(rng: random.Random, character: Character, max_exchanges: int) -> list
             continue
         wrong = rng.random() < 0.6
         if wrong:
-            value = _other_value(rng, question.slot, question.value)
-            confirms = None if kind == "direct" else rng.random() < 0.5
-            if kind == "false_suggestion" and rng.random() < 0.7:
-                value, confirms = question.foil or value, True
+            value, confirms = _other_value(rng, question.slot, question.value), None
+            if question.foil and rng.random() < 0.5:
+                value, confirms = question.foil, True
+            elif kind != "direct" and rng.random() < 0.6:
+                value, confirms = question.value, kind == "false_suggestion"  # the right value behind the wrong word
+            elif kind != "direct":
+                confirms = rng.random() < 0.5
             messages.append(_assistant(question.form.state(value, confirms)) | {"train": False})
         else:
             messages.append(_assistant(question.right))
-        usual, unusual = DOUBTS[::-1] if wrong else DOUBTS
-        messages.append(_user(usual if rng.random() < 0.85 else unusual) | {"train": True})
+        messages.append(DOUBTS[wrong == (rng.random() < 0.85)] | {"train": True})
         fact = _form(rng, question.slot).state(question.value)
         messages.append(_assistant((CORRECTION if wrong else SURE).format(fact)))
     return messages
