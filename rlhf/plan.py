@@ -1,0 +1,166 @@
+"""The training plan for a data set of a given size: which settings, and why. Pure functions, no files and no GPU.
+
+Small sets get a small adapter and many epochs, large ones a large adapter and few, so that the former are learned at all
+and the latter not by heart. The bands are half-open, [1, 100), [100, 500) and [500, ...): the small plan is for
+fewer than 100 examples, so 100 have the middle one, and by the same rule 500 have the large one.
+"""
+
+import difflib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+EFFECTIVE_BATCH = 8  # examples an optimiser step, over all GPUs
+WARMUP_SHARE = 0.1  # warm-up steps for each example
+MAX_WARMUP_STEPS = 50
+KEYS = (
+    "lora_r",
+    "lora_alpha",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "warmup_steps",
+)
+
+_FIRST_MIDDLE, _FIRST_LARGE = 100, 500  # examples
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of a training under TRL's names, each with its reason.
+
+    Attributes:
+        num_examples: training examples that the plan is for.
+        num_gpus: processes that share a step.
+        lora_r: rank of the adapter.
+        lora_alpha: scale of the adapter, twice the rank.
+        num_train_epochs: passes over the data.
+        per_device_train_batch_size: examples in one forward pass of one GPU.
+        gradient_accumulation_steps: forward passes of one GPU for an optimiser step.
+        max_length: tokens of an example, prompt and reply.
+        warmup_steps: optimiser steps until the learning rate is reached; it decays by a cosine from there.
+        reasons: why each of the settings is what it is; one that was overridden says so.
+    """
+
+    num_examples: int
+    num_gpus: int
+    lora_r: int
+    lora_alpha: int
+    num_train_epochs: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    max_length: int
+    warmup_steps: int
+    reasons: Mapping[str, str]
+
+    def settings(self) -> dict[str, int]:
+        """The settings alone, for a stage's configuration."""
+        return {key: getattr(self, key) for key in KEYS}
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Examples an optimiser step, over all GPUs."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_gpus
+
+    def table(self) -> str:
+        """Key, value and reason of each setting, in aligned columns; the effective batch below."""
+        width = max(map(len, KEYS))
+        lines = [f"{key:<{width}}  {value:>5}  {self.reasons[key]}" for key, value in self.settings().items()]
+        batch = self.effective_batch_size
+        note = "" if batch == EFFECTIVE_BATCH else f", not the planned {EFFECTIVE_BATCH}"
+        return "\n".join([*lines, f"{'effective batch':<{width}}  {batch:>5}  on {_gpus(self.num_gpus)}{note}"])
+
+    def warn_of_long(self, lengths: Sequence[int]) -> int:
+        """Warn if examples are longer than `max_length`, with the length that would do.
+
+        Args:
+            lengths: Tokens of each example.
+
+        Returns:
+            How many examples are longer.
+        """
+        too_long = sum(length > self.max_length for length in lengths)
+        if too_long:
+            logger.warning(
+                "%d of %d examples (%.1f %%) are longer than `max_length` %d and will be cut; the longest has %d tokens, "
+                "so override `max_length` with that to keep them whole.",
+                too_long, len(lengths), 100 * too_long / len(lengths), self.max_length, max(lengths),
+            )  # fmt: skip
+        return too_long
+
+
+def plan_by_size(num_examples: int, num_gpus: int = 1, overrides: Mapping[str, int] | None = None) -> Plan:
+    """The plan for so many training examples.
+
+    Args:
+        num_examples: At least 1.
+        num_gpus: Of 8 examples a step, each GPU gets an equal part: accumulation shrinks first, then the batch.
+        overrides: Settings to take instead of the planned ones. Each changes what it names and nothing else.
+
+    Raises:
+        ValueError: for no examples, a number of GPUs that does not divide the effective batch (unless batch and
+            accumulation are both overridden), and overrides of unknown keys or unfit values; all faults at once.
+    """
+    overrides = dict(overrides or {})
+    faults = _faults(num_examples, num_gpus, overrides)
+    if faults:
+        raise ValueError("; ".join(faults))
+
+    if num_examples < _FIRST_MIDDLE:
+        band, rank, epochs, batch, length = f"fewer than {_FIRST_MIDDLE}", 8, 10, 2, 512
+    elif num_examples < _FIRST_LARGE:
+        band, rank, epochs, batch, length = f"{_FIRST_MIDDLE} to {_FIRST_LARGE - 1}", 16, 5, 2, 640
+    else:
+        band, rank, epochs, batch, length = f"{_FIRST_LARGE} or more", 32, 3, 4, 768
+    per_gpu = max(1, EFFECTIVE_BATCH // num_gpus)
+    batch = min(batch, per_gpu)
+    warmup = min(math.floor(WARMUP_SHARE * num_examples), MAX_WARMUP_STEPS)
+
+    size = f"{num_examples} examples: {band}"
+    share = f"{EFFECTIVE_BATCH} examples a step on {_gpus(num_gpus)}"
+    planned = {
+        "lora_r": (rank, f"{size}; a larger adapter learns a small set by heart"),
+        "lora_alpha": (2 * rank, f"twice the planned rank {rank}, so that the update's scale stays the same"),
+        "num_train_epochs": (epochs, f"{size}; fewer examples are seen more often"),
+        "per_device_train_batch_size": (batch, f"{share}; what a 16 GB GPU holds at this length"),
+        "gradient_accumulation_steps": (per_gpu // batch, f"{share}, {batch} at a time"),
+        "max_length": (length, f"{size}; tokens, longer examples are cut"),
+        "warmup_steps": (warmup, f"{WARMUP_SHARE:g} x {num_examples} rounded down, at most {MAX_WARMUP_STEPS}"),
+    }
+    values = {key: overrides.get(key, value) for key, (value, _) in planned.items()}
+    reasons = {
+        key: f"overridden; the plan says {value}" if key in overrides else reason
+        for key, (value, reason) in planned.items()
+    }
+    return Plan(num_examples=num_examples, num_gpus=num_gpus, reasons=reasons, **values)
+
+
+def _faults(num_examples: int, num_gpus: int, overrides: Mapping[str, int]) -> list[str]:
+    faults = []
+    if num_examples < 1:
+        faults.append(f"`num_examples` must be at least 1, got {num_examples}; add training data")
+    by_hand = {"per_device_train_batch_size", "gradient_accumulation_steps"} <= set(overrides)
+    if num_gpus < 1:
+        faults.append(f"`num_gpus` must be at least 1, got {num_gpus}; a CPU counts as one")
+    elif EFFECTIVE_BATCH % num_gpus and not by_hand:
+        faults.append(
+            f"`num_gpus` {num_gpus} does not divide the effective batch of {EFFECTIVE_BATCH}; use 1, 2, 4 or 8 GPUs, "
+            "or override both `per_device_train_batch_size` and `gradient_accumulation_steps`"
+        )
+    for key, value in overrides.items():
+        least = 0 if key == "warmup_steps" else 1
+        if key not in KEYS:
+            close = difflib.get_close_matches(key, KEYS, 1)
+            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(KEYS)}"
+            faults.append(f"`overrides` has the unknown key `{key}`; {hint}")
+        elif type(value) is not int or value < least:
+            faults.append(f"`{key}` must be a whole number of at least {least}, got {value!r}")
+    return faults
+
+
+def _gpus(number: int) -> str:
+    return "1 GPU" if number == 1 else f"{number} GPUs"
