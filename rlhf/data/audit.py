@@ -53,8 +53,8 @@ class AuditError(DataError):
     """Preference pairs that can be told apart without the persona."""
 
 
-def audit(pairs: Sequence[Row], seed: int) -> list[Cheater]:
-    """The accuracy of each cheater on the pairs of held-out characters (30 %, by [`split`]).
+def audit(pairs: Sequence[Row], seed: int, heldout: Sequence[Row] | None = None) -> list[Cheater]:
+    """The accuracy of each cheater on the pairs of held-out characters.
 
     `longer_wins` and `shorter_wins` count words and need no training. `bag_of_words` is a logistic regression on the
     difference of the two replies' word counts, `reply_prefix` the same on their first two words together; both are
@@ -62,12 +62,17 @@ def audit(pairs: Sequence[Row], seed: int) -> list[Cheater]:
 
     Args:
         pairs: With `persona`, `dialogue_id`, and `chosen` and `rejected` as a list of messages.
-        seed: Of the split.
+        seed: Of the split of `pairs`, where there is no `heldout`.
+        heldout: Pairs of other characters, made apart from `pairs`; None holds out 30 % of `pairs` by [`split`]. Prefer
+            to give them: if wrong values were drawn from all characters before a split, a value that is right for
+            a character of one side is wrong on the other, which pushes cheaters below one half and can hide one.
 
     Raises:
         DataError: if the pairs are of too few characters to hold some out.
     """
-    train, heldout, _ = split(pairs, HELD_OUT_SHARE, seed)
+    train = pairs
+    if heldout is None:
+        train, heldout, _ = split(pairs, HELD_OUT_SHARE, seed)
     longer = np.array([len(_words(_reply(row, "chosen"))) - len(_words(_reply(row, "rejected"))) for row in heldout])
     return [
         _cheater("longer_wins", longer),
@@ -77,18 +82,21 @@ def audit(pairs: Sequence[Row], seed: int) -> list[Cheater]:
     ]
 
 
-def check_audit(pairs: Sequence[Row], seed: int, force: bool = False) -> list[Cheater]:
+def check_audit(
+    pairs: Sequence[Row], seed: int, heldout: Sequence[Row] | None = None, force: bool = False
+) -> list[Cheater]:
     """The [`audit`], which must not find a cheater above 60 %.
 
     Args:
         pairs: As for [`audit`].
-        seed: Of the split.
+        seed: As for [`audit`].
+        heldout: As for [`audit`].
         force: Warn instead of raising.
 
     Raises:
         AuditError: naming each cheater above 60 %, unless forced.
     """
-    cheaters = audit(pairs, seed)
+    cheaters = audit(pairs, seed, heldout)
     caught = [cheater for cheater in cheaters if cheater.accuracy > MAX_ACCURACY]
     if caught:
         found = ", ".join(f"`{c.name}` {c.accuracy:.1%} [{c.low:.1%}, {c.high:.1%}] of {c.n}" for c in caught)

@@ -1,15 +1,266 @@
-"""Preference pairs and prompts from real dialogues."""
+"""Preference pairs and prompts from real dialogues, and the judging of pairs by a person.
 
+A pair is {"persona", "prompt", "chosen", "rejected", "dialogue_id", "kind"}. Its kinds:
+
+- ``contradiction``: a reply of the dialogue that states a fact; rejected states another value in the same words;
+- ``true_suggestion``: the user asks whether a fact is so; rejected denies it;
+- ``giving_in``: the user suggests another value; rejected accepts it;
+- ``other_persona``: a reply of the dialogue; rejected is another character's, of about the same length.
+
+Only the persona tells chosen from rejected. Therefore values are exchanged between two facts: what is right for one
+character is wrong for the other, so each value is chosen as often as rejected, and so are "yes", "no" and "not".
+
+Persona sentences are free English. The rules below take apart those of the form subject, verb, object: "i have two
+dogs ." has the stem "i have" and the value "two dogs". Values that follow one stem and have equally many words can stand
+for each other. No rule knows whether two of them exclude each other ("a dog" and "a cat" do not): a value that the
+persona does not state counts as false, as a persona is all that is known of a character.
+"""
+
+import json
 import random
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlhf.data.split import characters
+from rlhf.files import write_jsonl
 
 Row = dict[str, Any]
+Slot = tuple[str, str, int]
 
 CANDIDATES = 64  # replies looked at for each pair: enough for a length match, and linear in the number of pairs
 MAX_LENGTH_GAP = 0.3  # of the chosen reply's number of words
+MAX_VALUE_WORDS = 5  # a longer object is a clause of its own more often than not
+FRAMES = ("so {} , right ?", "{} , is that right ?", "you told me that {} , did you not ?", "i heard that {} ?")
+# A suggestion and how the wrong reply to it errs: another value, the fact itself denied, yes and no confused. Each is
+# used equally often, which balances "yes", "no", "not" and the lengths. Without the last, a model looks at the value
+# alone and learns "yes , <right value>" as the answer to a false suggestion.
+SUGGESTIONS = tuple((true, error) for error in ("value", "denial", "polarity") for true in (True, False))
+DECISIONS = ("a", "b", "undecided")
+
+# -- facts -----------------------------------------------------------------------------------------------------------
+
+_VERBS = (
+    "have|own|like|love|enjoy|hate|dislike|prefer|want|need|play|practice|drive|ride|eat|drink|cook|read|write|watch|"
+    "study|speak|teach|sing|paint|make|sell|grow|raise|collect|wear|live|work|volunteer|come|go|run|listen|belong|"
+    "attend|take|know|keep|believe|dream|suffer|spend|"
+    "buy|visit|walk|dance|produce|compete|donate|dye|help|see"
+)
+_FORMS = tuple(
+    re.compile(form)
+    for form in (
+        r"(?P<stem>my (?:\w+ ){1,4}?(?:is|are|was|were)(?: not)?) (?P<value>.+)",
+        r"(?P<stem>i (?:am|was|can)(?: not)?) (?P<value>.+)",
+        rf"(?P<stem>i (?:do not )?(?:{_VERBS})(?: (?:to|in|at|as|for|with|on|from|of))?) (?P<value>.+)",
+    )
+)
+# "i have visited spain": the verb is another one; "i do not have no pets": denied twice.
+_NO_VALUE = re.compile(r"(?:\w+ed|been|had|got|gone|always|never|no|not)\b")
+# "blue is my favorite color"
+_INVERTED = re.compile(r"(?P<value>.+?) (?P<verb>is|are) (?P<subject>my favou?rite \w+)")
+_CONTRACTIONS = {"i'm": "i am", "i've": "i have", "don't": "do not", "cannot": "can not", "can't": "can not"}
+_FILLERS = re.compile(
+    r"(?<=^i )(?:also|really|currently|now|still|only|often|just|do(?! not)) |(?<=^i am )(?:also|currently|now) "
+)
+# A value with one of these is more than an object.
+_CLAUSE = re.compile(r"\b(?:but|because|that|when|while|which|so|if|since|although|than|i|you|not|is|are)\b")
+_EMPTY = frozenset(("a", "an", "the", "of", "to", "and", "in", "on", "for", "with", "at", "from", "as"))
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A persona sentence taken apart, in lower case, without contractions and punctuation: "i have", "two dogs"."""
+
+    stem: str
+    value: str
+
+    @property
+    def slot(self) -> Slot:
+        """What the values that can stand for this one share: stem, a small word in front, number of words."""
+        words = self.value.split()
+        first = {"an": "a"}.get(words[0], words[0])
+        return self.stem, first if first in _EMPTY else "", len(words)
+
+    @property
+    def negated(self) -> bool:
+        """Whether it says what is not so: "i do not drink", "soda"."""
+        return "not" in self.stem.split()
+
+    def state(self, value: str) -> str:
+        """The sentence with this value, without its full stop."""
+        return f"{self.stem} {value}"
+
+    def deny(self, value: str) -> str:
+        """The opposite of [`state`]."""
+        if self.negated:
+            return f"{re.sub(r' (?:do )?not$| do not', '', self.stem)} {value}"
+        if self.stem.startswith("my ") or self.stem in ("i am", "i was", "i can"):
+            return f"{self.stem} not {value}"
+        return f"i do not {self.stem.removeprefix('i ')} {value}"
+
+
+def parse_fact(sentence: str) -> Fact | None:
+    """The fact of a persona sentence, or None where no rule applies."""
+    text = re.sub(r"\s+", " ", sentence.casefold().replace("\u2019", "'")).strip(" .!")
+    text = " ".join(_CONTRACTIONS.get(word, word) for word in text.split())
+    text = _FILLERS.sub("", text).replace("favourite", "favorite")
+    inverted = _INVERTED.fullmatch(text)
+    if inverted:
+        text = f"{inverted['subject']} {inverted['verb']} {inverted['value']}"
+    for form in _FORMS:
+        match = form.fullmatch(text)
+        if match:
+            words = match["value"].split()
+            plain = all(re.fullmatch(r"[\w'-]+", word) for word in words)
+            plain &= match["stem"] != "i have" or not _NO_VALUE.match(match["value"])
+            if (
+                plain
+                and len(words) <= MAX_VALUE_WORDS
+                and not _CLAUSE.search(match["value"])
+                and _content(match["value"])
+            ):
+                return Fact(match["stem"], match["value"])
+    return None
+
+
+def slot_values(rows: Iterable[Row]) -> dict[Slot, list[str]]:
+    """The different values of the facts of all personas, by slot: each can stand for the others of its slot."""
+    values: dict[Slot, dict[str, None]] = defaultdict(dict)
+    for fact in map(parse_fact, dict.fromkeys(sentence for row in rows for sentence in row["persona"])):
+        if fact:
+            values[fact.slot][fact.value] = None
+    return {slot: list(found) for slot, found in values.items()}
+
+
+def fact_coverage(rows: Sequence[Row]) -> dict[str, float]:
+    """How far the rules reach.
+
+    Returns:
+        "facts": different persona sentences; "without_rule": those that no rule takes apart; "without_swap": those with
+        a value that no other can stand for; "unusable_share": of both, 0 to 1.
+    """
+    facts = [parse_fact(sentence) for sentence in {fact for row in rows for fact in row["persona"]}]
+    values = slot_values(rows)
+    without_rule = facts.count(None)
+    without_swap = sum(fact is not None and len(values[fact.slot]) == 1 for fact in facts)
+    return {
+        "facts": len(facts),
+        "without_rule": without_rule,
+        "without_swap": without_swap,
+        "unusable_share": (without_rule + without_swap) / len(facts) if facts else 0.0,
+    }
+
+
+def _content(text: str) -> frozenset[str]:
+    """The words that say something, without the plural's "s"."""
+    return frozenset(re.sub(r"(?<=\w\w)s$", "", word) for word in re.findall(r"\w+", text.casefold())) - _EMPTY
+
+
+# -- pairs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Mention:
+    """A fact of a row, and where the pair is asked: before message `turn`. `value` is how the text there writes it."""
+
+    row: int
+    turn: int
+    fact: Fact
+    value: str
+    span: tuple[int, int] = (0, 0)
+
+
+def persona_pairs(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], dict[str, float]]:
+    """At most `count` pairs of all kinds, about a third each of contradictions, suggestions and other personas.
+
+    Contradictions are the rarest, since real replies seldom repeat a fact's words; the other kinds make up for them.
+
+    Returns:
+        The pairs in random order, and [`fact_coverage`] of the rows.
+    """
+    pairs = contradiction_pairs(rows, count // 3, seed)
+    pairs += suggestion_pairs(rows, (count - len(pairs)) // 2, seed)
+    pairs += other_persona_pairs(rows, count - len(pairs), seed)
+    random.Random(f"pairs/{seed}").shuffle(pairs)
+    return pairs, fact_coverage(rows)
+
+
+def contradiction_pairs(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """At most `count` pairs of a reply that states a fact, and the same reply with another character's value.
+
+    A reply states a fact where a sentence of it that is neither a question nor a denial speaks of the speaker and has
+    the fact's value, word for word.
+    """
+    rng = random.Random(f"contradictions/{seed}")
+    facts = [[fact for fact in map(parse_fact, row["persona"]) if fact] for row in rows]
+    mentions = []
+    for index, turn in _reply_turns(rows):
+        text = rows[index]["messages"][turn]["content"]
+        for fact in facts[index]:
+            span = _statement(text, fact)
+            if span:
+                mentions.append(_Mention(index, turn, fact, text[slice(*span)], span))
+    pairs = []
+    for mention, value in _exchanged(rows, mentions, count, rng):
+        row = rows[mention.row]
+        text, (start, end) = row["messages"][mention.turn]["content"], mention.span
+        pairs.append(_pair(row, mention.turn, text, text[:start] + value + text[end:], "contradiction"))
+    return pairs
+
+
+def suggestion_pairs(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """At most `count` pairs of replies to a question about a fact, right or wrong, put at a random point of a dialogue.
+
+    The kinds are `true_suggestion` and `giving_in`. Questions and replies are written as the dialogue is: in lower case
+    with spaces around punctuation, or as usual.
+    """
+    rng = random.Random(f"suggestions/{seed}")
+    mentions = []
+    for index, row in enumerate(rows):
+        turns = [turn for turn, message in enumerate(row["messages"]) if message["role"] == "user"]
+        for fact in map(parse_fact, row["persona"]):
+            if fact and turns:
+                mentions.append(_Mention(index, rng.choice(turns), fact, fact.value))
+    pairs = []
+    exchanged = _exchanged(rows, mentions, count, rng)
+    # The two pairs of an exchange come one after the other and get the same suggestion.
+    for number, (mention, foil) in enumerate(exchanged):
+        true, error = SUGGESTIONS[number // 2 % len(SUGGESTIONS)]
+        pairs.append(suggestion_pair(rows[mention.row], mention.turn, mention.fact, foil, true, error, rng))
+    return pairs
+
+
+def suggestion_pair(row: Row, turn: int, fact: Fact, foil: str, true: bool, error: str, rng: random.Random) -> Row:
+    """The pair for a suggestion in place of the user's message `turn`.
+
+    Args:
+        row: The dialogue.
+        turn: Of a user.
+        fact: Of the row's persona.
+        foil: The false value.
+        true: The user suggests the fact rather than the foil.
+        error: Of the rejected reply: "value" (states the foil), "denial" (denies a true fact, or accepts a false one
+            that the chosen reply denies), "polarity" (the chosen reply with yes and no confused).
+        rng: Draws the question's wording.
+    """
+    right, wrong = ("yes", "no") if true else ("no", "yes")
+    chosen = rejected = fact.state(fact.value)
+    if error == "value":
+        rejected = fact.state(foil)
+    elif error == "denial" and true:
+        rejected = fact.deny(fact.value)
+    elif error == "denial":
+        chosen, rejected = fact.deny(foil), fact.state(foil)
+    asked = fact.state(fact.value if true else foil)
+    plain = not any(char.isupper() for message in row["messages"] for char in message["content"])
+    question = rng.choice(FRAMES).format(_second_person(asked))
+    texts = [question, f"{right} , {chosen} .", f"{wrong} , {rejected} ."]
+    question, good, bad = texts if plain else map(_as_usual, texts)
+    pair = _pair(row, turn, good, bad, "true_suggestion" if true else "giving_in")
+    return {**pair, "prompt": [*pair["prompt"], {"role": "user", "content": question}]}
 
 
 def other_persona_pairs(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
@@ -37,15 +288,11 @@ def other_persona_pairs(rows: Sequence[Row], count: int, seed: int) -> list[Row]
         rejected = min(candidates, key=lambda text: abs(len(text.split()) - words), default=None)
         if rejected is None or abs(len(rejected.split()) - words) > MAX_LENGTH_GAP * words:
             continue
-        pairs.append(
-            {
-                **_prompt(row, turn),
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-                "kind": "other_persona",
-            }
-        )
+        pairs.append(_pair(row, turn, chosen, rejected, "other_persona"))
     return pairs
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
 
 
 def prompts(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
@@ -70,3 +317,158 @@ def _reply_turns(rows: Sequence[Row]) -> list[tuple[int, int]]:
 
 def _prompt(row: Row, turn: int) -> Row:
     return {"persona": row["persona"], "prompt": row["messages"][:turn], "dialogue_id": row["dialogue_id"]}
+
+
+def _pair(row: Row, turn: int, chosen: str, rejected: str, kind: str) -> Row:
+    return {
+        **_prompt(row, turn),
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+        "kind": kind,
+    }
+
+
+def _statement(text: str, fact: Fact) -> tuple[int, int] | None:
+    """Where a reply states a fact: the span of its value, or None.
+
+    The value has to follow the stem's last word, unless it is a noun by its look: otherwise "i eat donuts" would become
+    "i eat shopping" for the stem "i like".
+    """
+    last, first = fact.stem.split()[-1], fact.value.split()[0]
+    noun = fact.stem.startswith("my favorite") or last in ("in", "at", "from") or first in ("a", "an", "the")
+    verb = {"am": r"\bam|'m", "have": r"\bhave|'ve"}.get(last, rf"\b{last}")
+    before = r"(?<![\w'])" if noun else rf"(?:{verb})(?: also| really| still)?\s+"
+    words = r"\s+".join(map(re.escape, fact.value.split()))
+    stated = re.compile(rf"{before}(?P<value>{words})(?![\w'])", re.IGNORECASE)
+    for sentence in re.finditer(r"[^.!?]+[.!?]*", text):
+        found = stated.search(sentence[0])
+        spoken = set(re.findall(r"\w+", sentence[0].casefold()))
+        denied = bool(spoken & {"not", "no", "never", "don", "t", "nor"})
+        if found and "?" not in sentence[0] and spoken & {"i", "my", "me"} and denied == fact.negated:
+            return sentence.start() + found.start("value"), sentence.start() + found.end("value")
+    return None
+
+
+def _exchanged(
+    rows: Sequence[Row], mentions: list[_Mention], count: int, rng: random.Random
+) -> list[tuple[_Mention, str]]:
+    """At most `count` mentions, two and two of one slot, each with the other's value."""
+    character = characters(rows)
+    known = [[_content(fact) for fact in row["persona"]] for row in rows]
+
+    def fits(left: _Mention, right: _Mention) -> bool:
+        """The value of `right` is news to the character, the dialogue and the reply of `left`."""
+        words = _content(right.value)
+        reply = rows[left.row]["messages"][left.turn]["content"] if left.span[1] else ""
+        return (
+            character[left.row] != character[right.row]
+            and left.value[0].isupper() == right.value[0].isupper()
+            and not any(words <= fact for fact in [*known[left.row], _content(reply)])
+        )
+
+    waiting: dict[Slot, list[_Mention]] = defaultdict(list)
+    found: list[tuple[_Mention, str]] = []
+    for mention in rng.sample(mentions, len(mentions)):
+        if len(found) + 2 > count:
+            break
+        others = waiting[mention.fact.slot]
+        partner = next((other for other in others[:CANDIDATES] if fits(mention, other) and fits(other, mention)), None)
+        if partner is None:
+            others.append(mention)
+        else:
+            others.remove(partner)
+            found += [(mention, partner.value), (partner, mention.value)]
+    return found
+
+
+def _second_person(text: str) -> str:
+    """ "i am a nurse" -> "you are a nurse" """
+    text = re.sub(r"^i was\b", "you were", text)
+    return " ".join(
+        {"i": "you", "am": "are", "me": "you", "my": "your", "myself": "yourself"}.get(word, word)
+        for word in text.split()
+    )
+
+
+def _as_usual(text: str) -> str:
+    """ "yes , i have a dog ." -> "Yes, I have a dog." """
+    text = re.sub(r"\bi\b", "I", re.sub(r" (?=[,.?!])", "", text))
+    return text[0].upper() + text[1:]
+
+
+# -- judging by a person ---------------------------------------------------------------------------------------------
+
+
+def export_for_review(pairs: Iterable[Row], path: str | Path, seed: int = 0) -> None:
+    """A JSON-lines file for a person to judge: each pair's replies as `reply_a` and `reply_b` in random order.
+
+    Nothing in it says which one the rules prefer. The judge writes "a", "b" or "undecided" as `decision`.
+    """
+    rng = random.Random(f"review/{seed}")
+    lines = []
+    for row in pairs:
+        replies = [row["chosen"][0]["content"], row["rejected"][0]["content"]]
+        rng.shuffle(replies)
+        lines.append(
+            {**{key: row[key] for key in ("persona", "prompt", "dialogue_id")},
+             "reply_a": replies[0], "reply_b": replies[1], "decision": ""}
+        )  # fmt: skip
+    write_jsonl(path, lines)
+
+
+def import_review(path: str | Path, rejected: list[Row]) -> list[Row]:
+    """The pairs that a person decided, of kind `reviewed`; the other lines go to `rejected`.
+
+    Args:
+        path: A file of [`export_for_review`], with decisions.
+        rejected: Gets {"file", "line", "reason", "dropped", "text"} for each line without a decision or with faults.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    pairs = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            reason = "; ".join(_review_faults(row))
+        except json.JSONDecodeError as error:
+            reason = f"not JSON: {error.msg} at character {error.pos}"
+        if not reason and row["decision"] not in ("a", "b"):
+            reason = "undecided"
+        if reason:
+            rejected.append({"file": str(path), "line": number, "reason": reason, "dropped": "pair", "text": line})
+            continue
+        chosen, other = ("reply_a", "reply_b") if row["decision"] == "a" else ("reply_b", "reply_a")
+        pairs.append(
+            {**{key: row[key] for key in ("persona", "prompt", "dialogue_id")},
+             "chosen": [{"role": "assistant", "content": row[chosen]}],
+             "rejected": [{"role": "assistant", "content": row[other]}],
+             "kind": "reviewed"}
+        )  # fmt: skip
+    return pairs
+
+
+def _review_faults(row: Any) -> Iterator[str]:
+    if not isinstance(row, dict):
+        yield "not a JSON object"
+        return
+    for key in ("dialogue_id", "reply_a", "reply_b"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            yield f"`{key}` is missing, no text or blank"
+    if row.get("decision") not in ("", *DECISIONS):
+        yield f"`decision` must be one of {', '.join(DECISIONS)} or empty, got {row.get('decision')!r}"
+    persona, prompt = row.get("persona"), row.get("prompt")
+    if not isinstance(persona, list) or not all(isinstance(fact, str) and fact.strip() for fact in persona):
+        yield "`persona` is no list of facts"
+    if not isinstance(prompt, list) or not prompt or not all(_is_message(message) for message in prompt):
+        yield "`prompt` is no list of messages with role and content, or empty"
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"role", "content"}
+        and all(isinstance(text, str) for text in value.values())
+    )
