@@ -1,0 +1,326 @@
+"""Persona sentences taken apart by rule, the pairs made of them, and their judging by a person."""
+
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from rlhf.data.preferences import (
+    SUGGESTIONS,
+    Fact,
+    contradiction_pairs,
+    export_for_review,
+    fact_coverage,
+    import_review,
+    parse_fact,
+    persona_pairs,
+    slot_values,
+    suggestion_pair,
+    suggestion_pairs,
+)
+from rlhf.data.sources import synthetic_persona_chat
+from rlhf.files import read_jsonl
+
+REAL = Path(__file__).parents[2] / "shared/data/synthetic_persona_chat/valid.csv"
+
+# sentence: (stem, value, the sentence denied)
+FACTS = {
+    "i have two dogs .": ("i have", "two dogs", "i do not have two dogs"),
+    "I've two dogs.": ("i have", "two dogs", "i do not have two dogs"),
+    "i work as a nurse.": ("i work as", "a nurse", "i do not work as a nurse"),
+    "I'm an artist!": ("i am", "an artist", "i am not an artist"),
+    "i am also a graduate student.": ("i am", "a graduate student", "i am not a graduate student"),
+    "i really like to travel .": ("i like to", "travel", "i do not like to travel"),
+    "My favourite color is grey.": ("my favorite color is", "grey", "my favorite color is not grey"),
+    "gymnastics is my favorite sport.": ("my favorite sport is", "gymnastics", "my favorite sport is not gymnastics"),
+    "my favorite ice cream flavor is mint": (
+        "my favorite ice cream flavor is", "mint", "my favorite ice cream flavor is not mint"
+    ),
+    "my favorite note is c .": ("my favorite note is", "c", "my favorite note is not c"),
+    "I don\u2019t drink soda.": ("i do not drink", "soda", "i drink soda"),
+    "i am not a vegan .": ("i am not", "a vegan", "i am a vegan"),
+    "i can't swim .": ("i can not", "swim", "i can swim"),
+    "my father was a farmer .": ("my father was", "a farmer", "my father was not a farmer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", FACTS)
+def test_sentence_is_taken_apart(sentence):
+    stem, value, denied = FACTS[sentence]
+    fact = parse_fact(sentence)
+    assert fact == Fact(stem, value)
+    assert fact.state(value) == f"{stem} {value}"
+    assert fact.deny(value) == denied
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "", ".", "two dogs live with me .", "i went to yale .", "i have a son who is in school .", "i have visited spain .",
+        "i have never been to ohio .", "i love my dog because he is kind .", "i like a , b and c .", "i have the .",
+        "i work at a bar at night to pay for college .",
+    ],
+)  # fmt: skip
+def test_no_rule_is_better_than_a_wrong_one(sentence):
+    assert parse_fact(sentence) is None
+
+
+def row(number: int, persona: list[str], *texts: str) -> dict:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[at % 2], "content": text} for at, text in enumerate(texts)]
+    return {"persona": persona, "messages": messages, "dialogue_id": str(number), "source": "test"}
+
+
+def test_coverage_by_hand():
+    rows = [
+        row(1, ["i have two dogs .", "i went to yale .", "i live in oslo ."]),
+        row(2, ["i have one cat .", "i live in new york .", "i have two dogs ."]),
+    ]
+    # 5 different sentences: no rule for yale; oslo has one word and new york two, so neither can stand for the other
+    assert fact_coverage(rows) == {"facts": 5, "without_rule": 1, "without_swap": 2, "unusable_share": 0.6}
+    assert slot_values(rows) == {
+        ("i have", "", 2): ["two dogs", "one cat"],
+        ("i live in", "", 1): ["oslo"],
+        ("i live in", "", 2): ["new york"],
+    }
+    assert fact_coverage([])["unusable_share"] == 0.0
+
+
+def test_a_small_word_in_front_keeps_values_apart():
+    keys = {text: parse_fact(text).slot for text in ("i am a nurse .", "i am an artist .", "i am from texas .")}
+    assert keys["i am a nurse ."] == keys["i am an artist ."] != keys["i am from texas ."]
+
+
+REPLIES = {
+    ("value", True): ("yes , i have two dogs .", "no , i have three cats ."),
+    ("value", False): ("no , i have two dogs .", "yes , i have three cats ."),
+    ("denial", True): ("yes , i have two dogs .", "no , i do not have two dogs ."),
+    ("denial", False): ("no , i do not have three cats .", "yes , i have three cats ."),
+    ("polarity", True): ("yes , i have two dogs .", "no , i have two dogs ."),
+    ("polarity", False): ("no , i have two dogs .", "yes , i have two dogs ."),
+}
+
+
+@pytest.mark.parametrize(("error", "true"), REPLIES)
+def test_replies_to_a_suggestion(error, true):
+    fact = Fact("i have", "two dogs")
+    dialogue = row(1, ["i have two dogs ."], "hi .", "hello .", "any pets ?", "yes .")
+    pair = suggestion_pair(dialogue, 2, fact, "three cats", true, error, random.Random(0))
+    assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == REPLIES[error, true]
+    assert pair["kind"] == ("true_suggestion" if true else "giving_in")
+    assert set(pair) == {"persona", "prompt", "chosen", "rejected", "dialogue_id", "kind"}
+    assert pair["prompt"][:2] == dialogue["messages"][:2] and len(pair["prompt"]) == 3
+    asked = pair["prompt"][-1]
+    assert asked["role"] == "user"
+    assert ("you have two dogs" if true else "you have three cats") in asked["content"]
+
+
+def test_suggestions_cover_all_replies():
+    assert sorted(SUGGESTIONS) == sorted((true, error) for error, true in REPLIES)
+
+
+def test_a_suggestion_is_written_as_the_dialogue_is():
+    fact = Fact("i was", "a nurse in my youth")
+    dialogue = row(1, ["I was a nurse in my youth."], "Hi!", "Hello.")
+    pair = suggestion_pair(dialogue, 0, fact, "a poet in my youth", False, "value", random.Random(0))
+    assert pair["chosen"][0]["content"] == "No, I was a nurse in my youth."
+    assert pair["rejected"][0]["content"] == "Yes, I was a poet in my youth."
+    question = pair["prompt"][-1]["content"]
+    assert (
+        "ou were a poet in your youth" in question and re.fullmatch(r"[A-Z].*\w\?", question) and " ," not in question
+    )
+
+
+def people(count: int) -> list[dict]:
+    """Characters with a pet, a town and a colour: few values, unevenly spread, each stated in a reply."""
+    pets, towns = ["a dog"] * 4 + ["a cat"] * 3 + ["a fish"], ["oslo"] * 3 + ["rome"] * 2 + ["bonn"]
+    colours = ["red", "blue", "green"]
+    rows = []
+    for n in range(count):
+        pet, town, colour = pets[n % 8], towns[n % 6], colours[n % 3]
+        facts = [f"i have {pet} .", f"i live in {town} .", f"my favorite color is {colour} .", f"my name is mr{n} ."]
+        rows.append(
+            row(n, facts, "hi .", f"hello , i have {pet} at home .", "where ?", f"i live in {town} , far away .",
+                "colour ?", f"do you like {colour} ? my favorite color is {colour} .", "bye .", f"{pet} is waiting .",
+                "so long .", f"i was not born in {town} .")
+        )  # fmt: skip
+    return rows
+
+
+def contents(pairs: list[dict], key: str) -> list[str]:
+    return [pair[key][0]["content"] for pair in pairs]
+
+
+def words(texts: list[str]) -> Counter[str]:
+    return Counter(word for text in texts for word in text.split())
+
+
+def test_contradictions_change_the_value_and_nothing_else():
+    rows = people(120)
+    pairs = contradiction_pairs(rows, 200, 1)
+    assert 100 < len(pairs) <= 200 and {pair["kind"] for pair in pairs} == {"contradiction"}
+    slots = ({"oslo", "rome", "bonn"}, {"dog", "cat", "fish"}, {"red", "blue", "green"})
+    changed = Counter()
+    for pair in pairs:
+        source = rows[int(pair["dialogue_id"])]
+        assert pair["persona"] == source["persona"]
+        assert pair["prompt"] == source["messages"][: len(pair["prompt"])]
+        good, bad = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
+        assert source["messages"][len(pair["prompt"])]["content"] == good
+        [(right, wrong)] = [both for both in zip(good.split(), bad.split(), strict=True) if both[0] != both[1]]
+        [slot] = [number for number, values in enumerate(slots) if {right, wrong} <= values]
+        assert right in " ".join(pair["persona"]).split() and wrong not in " ".join(pair["persona"]).split()
+        assert good.partition("?")[0] == bad.partition("?")[0] or "?" not in good  # a question states nothing
+        changed[slot] += 1
+        assert "waiting" not in good and "not" not in good.split()
+    assert set(changed) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("make", [contradiction_pairs, suggestion_pairs])
+def test_each_word_is_chosen_as_often_as_rejected(make):
+    # 72 pairs are 36 exchanges, so that each of the 6 kinds of suggestion comes 6 times
+    pairs = make(people(120), 72, 3)
+    assert len(pairs) == 72
+    chosen, rejected = contents(pairs, "chosen"), contents(pairs, "rejected")
+    # all but "do", which denies a verb and no "is": which facts are denied is left to chance
+    assert {word: n for word, n in words(chosen).items() if word != "do"} == {
+        word: n for word, n in words(rejected).items() if word != "do"
+    }
+    assert Counter(text.split()[0] for text in chosen) == Counter(text.split()[0] for text in rejected)
+
+
+def test_suggestions_hold_for_the_persona():
+    pairs = suggestion_pairs(people(60), 60, 5)
+    assert Counter(pair["kind"] for pair in pairs) == {"true_suggestion": 30, "giving_in": 30}
+    for pair in pairs:
+        persona = " ".join(pair["persona"])
+        said = re.sub(r"^(?:so|i heard that|you told me that) | ,.*| \?", "", pair["prompt"][-1]["content"])
+        fact = said.replace("your", "my").replace("you ", "i ")
+        assert (fact in persona) == (pair["kind"] == "true_suggestion")
+        first = {"true_suggestion": "yes", "giving_in": "no"}[pair["kind"]]
+        assert pair["chosen"][0]["content"].split()[0] == first != pair["rejected"][0]["content"].split()[0]
+        assert [message["role"] for message in pair["prompt"]] == ["user", "assistant"] * (
+            len(pair["prompt"]) // 2
+        ) + ["user"]
+
+
+def test_no_value_is_exchanged_that_the_persona_states_elsewhere():
+    def rows(other_fact: str) -> list[dict]:
+        return [
+            row(1, ["i like dogs .", other_fact], "hi", "i like dogs ."),
+            row(2, ["i like cats .", "i was born in may ."], "hi", "i like cats ."),
+        ]
+
+    for make in (contradiction_pairs, suggestion_pairs):
+        assert make(rows("i have three cats ."), 10, 0) == []
+        assert len(make(rows("i have three birds ."), 10, 0)) == 2
+
+
+def test_one_character_has_nobody_to_exchange_with():
+    rows = [row(n, ["i have a dog .", "i have a cat ."], "hi", "i have a dog .") for n in range(5)]
+    assert contradiction_pairs(rows, 10, 0) == suggestion_pairs(rows, 10, 0) == []
+
+
+def test_pairs_of_all_kinds_with_coverage():
+    rows = people(120)
+    pairs, coverage = persona_pairs(rows, 90, 4)
+    assert Counter(pair["kind"] for pair in pairs) == {
+        "contradiction": 30, "true_suggestion": 16, "giving_in": 14, "other_persona": 30,
+    }  # fmt: skip
+    # each name is one of 120 of its slot; 3 pets, towns and colours
+    assert coverage == {"facts": 129, "without_rule": 0, "without_swap": 0, "unusable_share": 0.0}
+    assert persona_pairs(rows, 90, 4)[0] == pairs != persona_pairs(rows, 90, 5)[0]
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="needs shared/data/synthetic_persona_chat")
+def test_pairs_of_real_dialogues():
+    rows = list(synthetic_persona_chat(REAL, []))
+    pairs, coverage = persona_pairs(rows, 1800, 42)
+    kinds = Counter(pair["kind"] for pair in pairs)
+    assert len(pairs) == 1800 and min(kinds.values()) >= 500 // 2 and kinds["contradiction"] >= 500
+    assert coverage["facts"] == 494 and 0.4 < coverage["unusable_share"] < 0.65
+    made = [pair for pair in pairs if pair["kind"] == "contradiction"]
+    assert words(contents(made, "chosen")).total() == words(contents(made, "rejected")).total()
+    assert all(pair["prompt"][-1]["role"] == "user" for pair in pairs)
+
+
+# -- judging by a person ---------------------------------------------------------------------------------------------
+
+
+def decided(path: Path, decide) -> list[dict]:
+    """The file judged by `decide`, which sees a line and gives the decision."""
+    lines = [{**line, "decision": decide(line)} for line in read_jsonl(path)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def test_review_is_blind_and_comes_back(tmp_path):
+    pairs = suggestion_pairs(people(60), 60, 5)
+    path = tmp_path / "review.jsonl"
+    export_for_review(pairs, path, seed=3)
+    lines = read_jsonl(path)
+    assert {frozenset(line) for line in lines} == {
+        frozenset(("persona", "prompt", "dialogue_id", "reply_a", "reply_b", "decision"))
+    }
+    chosen = contents(pairs, "chosen")
+    first = sum(line["reply_a"] == good for line, good in zip(lines, chosen, strict=True))
+    assert 15 <= first <= 45  # 30 ± 4 standard deviations of 60 tosses
+    right = dict(zip((json.dumps(line) for line in lines), chosen, strict=True))
+    decided(path, lambda line: "a" if line["reply_a"] == right[json.dumps(line)] else "b")
+    rejected: list[dict] = []
+    assert import_review(path, rejected) == [{**pair, "kind": "reviewed"} for pair in pairs]
+    assert rejected == []
+
+    export_for_review(pairs, tmp_path / "again.jsonl", seed=3)
+    assert read_jsonl(tmp_path / "again.jsonl") == lines
+    export_for_review(pairs, tmp_path / "other.jsonl", seed=4)
+    assert read_jsonl(tmp_path / "other.jsonl") != lines
+
+
+def test_the_person_may_disagree(tmp_path):
+    pairs = suggestion_pairs(people(60), 12, 5)
+    export_for_review(pairs, tmp_path / "review.jsonl")
+    lines = decided(tmp_path / "review.jsonl", lambda line: "b")
+    judged = import_review(tmp_path / "review.jsonl", [])
+    assert contents(judged, "chosen") == [line["reply_b"] for line in lines]
+    assert contents(judged, "rejected") == [line["reply_a"] for line in lines]
+
+
+def test_lines_without_a_decision_or_with_faults_are_rejected_with_reasons(tmp_path):
+    good = {
+        "persona": ["i have a dog ."], "prompt": [{"role": "user", "content": "hi"}], "dialogue_id": "1",
+        "reply_a": "x", "reply_b": "y", "decision": "a",
+    }  # fmt: skip
+    faulty = {
+        "undecided": {**good, "decision": "undecided"},
+        "undecided ": {**good, "decision": ""},
+        "`decision` must be one of a, b, undecided or empty, got 'A'": {**good, "decision": "A"},
+        "`decision` must be one of a, b, undecided or empty, got ['a']": {**good, "decision": ["a"]},
+        "`reply_b` is missing, no text or blank": {**good, "reply_b": " "},
+        "`dialogue_id` is missing, no text or blank": {key: good[key] for key in good if key != "dialogue_id"},
+        "`persona` is no list of facts": {**good, "persona": "i have a dog ."},
+        "`prompt` is no list of messages with role and content, or empty": {**good, "prompt": [{"role": "user"}]},
+        "not a JSON object": [1],
+    }
+    path = tmp_path / "review.jsonl"
+    lines = [json.dumps(good), "", *map(json.dumps, faulty.values()), '{"persona": [', json.dumps(good)]
+    path.write_text("\n".join(lines) + "\n")
+    rejected: list[dict] = []
+    assert len(import_review(path, rejected)) == 2
+    reasons = [*(reason.strip() for reason in faulty), "not JSON: Expecting value at character 13"]
+    assert [entry["reason"] for entry in rejected] == reasons
+    assert [entry["line"] for entry in rejected] == list(range(3, 13))
+    assert rejected[0] == {
+        "file": str(path), "line": 3, "reason": "undecided", "dropped": "pair", "text": lines[2],
+    }  # fmt: skip
+
+
+def test_several_faults_of_a_line_are_named_together(tmp_path):
+    path = tmp_path / "review.jsonl"
+    path.write_text('{"decision": "c"}\n')
+    rejected: list[dict] = []
+    assert import_review(path, rejected) == []
+    assert [rejected[0]["reason"].count(f"`{key}`") for key in ("reply_a", "decision", "persona", "prompt")] == [1] * 4
