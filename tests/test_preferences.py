@@ -207,6 +207,27 @@ def test_suggestions_hold_for_the_persona():
         ) + ["user"]
 
 
+@pytest.mark.parametrize(
+    ("fact", "reply", "contradicted"),
+    [
+        ("i like dogs .", "well , i really like dogs .", "well , i really like cats ."),
+        ("i like dogs .", "i walk dogs .", None),  # another verb: what follows "walk" need not fit
+        ("i live in dogs .", "i walk dogs .", "i walk cats ."),  # a noun after "in", wherever it stands
+        ("i like dogs .", "did i say that i like dogs ?", None),  # a question states nothing
+        ("i like dogs .", "i do not like dogs .", None),  # nor does a denial
+        ("i do not like dogs .", "i do not like dogs .", "i do not like cats ."),
+        ("i like dogs .", "i like dogsleds .", None),
+        ("i like dogs .", "you like dogs .", None),
+        ("i like dogs .", "i like Dogs .", None),  # the other character writes "cats"
+    ],
+)
+def test_what_counts_as_stating_a_fact(fact, reply, contradicted):
+    other = fact.replace("dogs", "cats")
+    rows = [row(1, [fact, "i am tall ."], "hi", reply), row(2, [other, "i am small ."], "hi", other)]
+    pairs = {pair["dialogue_id"]: pair for pair in contradiction_pairs(rows, 10, 0)}
+    assert (pairs["1"]["rejected"][0]["content"] if pairs else None) == contradicted
+
+
 def test_no_value_is_exchanged_that_the_persona_states_elsewhere():
     def rows(other_fact: str) -> list[dict]:
         return [
