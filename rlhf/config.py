@@ -159,6 +159,7 @@ class DataConfig:
         max_eval_rows: read only the first rows of the held-out file; None reads all.
         sample_steps: optimiser steps between two samplings of the model's own output.
         num_samples: held-out rows that are sampled.
+        max_truncated_share: share of a file's rows that may lose turns to `max_length` before the stage stops.
     """
 
     dataset: str = dataclasses.field(metadata={"path": True})
@@ -166,6 +167,7 @@ class DataConfig:
     max_eval_rows: int | None = dataclasses.field(default=None, metadata={"range": "[1, inf)"})
     sample_steps: int = dataclasses.field(default=100, metadata={"range": "[1, inf)"})
     num_samples: int = dataclasses.field(default=4, metadata={"range": "[1, inf)"})
+    max_truncated_share: float = dataclasses.field(default=0.05, metadata={"range": "[0, 1]"})
 
 
 @dataclasses.dataclass

@@ -91,7 +91,7 @@ def main(
         model = load_base(model_args, tokenizer)
 
         # Data
-        dataset = Path(data_args.dataset)
+        dataset, share = Path(data_args.dataset), data_args.max_truncated_share
         train_rows = load_rows(dataset / "preferences_train.jsonl", data_args.max_train_rows)
         train_rows = swap_labels(train_rows, pair_args.swapped_share, training_args.seed)
         eval_rows = load_rows(dataset / "preferences_heldout.jsonl", data_args.max_eval_rows)
@@ -100,8 +100,8 @@ def main(
         trainer = PersonaDPOTrainer(
             model=with_adapter(model, parents.sft_adapter, "default", trainable=True),
             args=training_args,
-            train_dataset=preference_columns(train_rows, tokenizer, training_args.max_length),
-            eval_dataset=preference_columns(eval_rows, tokenizer, training_args.max_length),
+            train_dataset=preference_columns(train_rows, tokenizer, training_args.max_length, share),
+            eval_dataset=preference_columns(eval_rows, tokenizer, training_args.max_length, share),
             processing_class=tokenizer,
         )
         trainable_to_fp32(trainer.model)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.chat import Message, render_within
+from rlhf.chat import Message, render_within, reply_text
 
 
 def generation_config(
@@ -99,7 +99,7 @@ def generate(
         max_length: Longest prompt; older turns are dropped, as in training.
 
     Returns:
-        One reply a conversation, in their order, without the stop token and without space around it.
+        One reply a conversation, in their order, as [`rlhf.chat.reply_text`] reads it.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     max_length = min(max_length, positions - max_new_tokens) if positions else max_length
@@ -117,8 +117,6 @@ def generate(
             batch = order[start : start + batch_size]
             input_ids, mask = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
             responses = sample_ids(model, input_ids, mask, config)
-            kept = response_mask(responses, tokenizer.eos_token_id).bool()
-            for index, row, keep in zip(batch, responses.tolist(), kept.tolist(), strict=True):
-                ids = [id for id, inside in zip(row, keep, strict=True) if inside and id != tokenizer.eos_token_id]
-                replies[index] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            for index, row in zip(batch, responses.tolist(), strict=True):
+                replies[index] = reply_text(row, tokenizer)
     return replies

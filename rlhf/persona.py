@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content, and `"train": False` where a reply is context only
 
 _TAG = r"\[(?:NAME|PERSONA|DIALOGUE|SEP|RESPONSE)\]"
 _QUOTED_TAG = re.compile(rf"\\*{_TAG}")
@@ -119,7 +119,7 @@ def parse_prompt(text: str) -> tuple[Persona, list[Message]]:
     return Persona(tuple(_unquote(fact, _QUOTED_TAG_OR_BAR) for fact in facts), name), messages
 
 
-def render_prompt(persona: Persona, messages: Sequence[Mapping[str, str]]) -> str:
+def render_prompt(persona: Persona, messages: Sequence[Mapping[str, Any]]) -> str:
     """The inverse of `parse_prompt`.
 
     Raises PromptError for what the form cannot hold: no facts, a blank turn, a system message, roles that do not
@@ -150,14 +150,19 @@ def _checked(messages: Any, field: str) -> list[Message]:
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         raise PromptError(f"`{field}` must be a list of messages, got {messages!r}")
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise PromptError(f"`{field}`: message {number} must have the keys role and content only, got {message!r}")
+        if not isinstance(message, Mapping) or set(message) - {"train"} != {"role", "content"}:
+            raise PromptError(
+                f"`{field}`: message {number} must have the keys role and content only (or train beside them), "
+                f"got {message!r}"
+            )
         if message["role"] not in _ROLES:
             raise PromptError(
                 f"`{field}`: message {number} has the role {message['role']!r}; known: {', '.join(_ROLES)}"
             )
         if not isinstance(message["content"], str):
             raise PromptError(f"`{field}`: message {number} must have text as content, got {message['content']!r}")
+        if not isinstance(message.get("train", True), bool):
+            raise PromptError(f"`{field}`: message {number} has `train` {message['train']!r}; use true or false")
     return [dict(message) for message in messages]
 
 

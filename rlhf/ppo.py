@@ -54,7 +54,7 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig,
         add_score_head(model)
 
         # Data
-        dataset = Path(data_args.dataset)
+        dataset, share = Path(data_args.dataset), data_args.max_truncated_share
         train_rows = load_rows(dataset / "prompts_train.jsonl", data_args.max_train_rows)
         eval_rows = load_rows(dataset / "prompts_heldout.jsonl", data_args.max_eval_rows)
 
@@ -70,8 +70,8 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig,
             args=training_args,
             reward_adapter="reward" if parents.reward_adapter else None,
             reward_functions=functions,
-            train_dataset=prompt_columns(train_rows, tokenizer, training_args.max_length),
-            eval_dataset=prompt_columns(eval_rows, tokenizer, training_args.max_length),
+            train_dataset=prompt_columns(train_rows, tokenizer, training_args.max_length, share),
+            eval_dataset=prompt_columns(eval_rows, tokenizer, training_args.max_length, share),
             processing_class=tokenizer,
         )
 

@@ -34,6 +34,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from rlhf.chat import reply_text
 from rlhf.generate import generation_config, inference, left_pad, response_mask, sample_ids
 from rlhf.lora import set_trainable, use_adapter
 from rlhf.model import trainable_to_fp32
@@ -332,7 +333,7 @@ class PPOTrainer(Trainer):
             columns = {key: [row.get(key) for row in data] for key in data[0] if key not in ("prompt", "persona")}
             prompts = [with_persona(row) for row in data]
             ids = responses.masked_fill(mask == 0, self.processing_class.pad_token_id)
-            completions = [text.strip() for text in self.processing_class.batch_decode(ids, skip_special_tokens=True)]
+            completions = [reply_text(row, self.processing_class) for row in ids.tolist()]
             for function in self.reward_functions:
                 scores += torch.tensor(function(prompts, completions, **columns), device=scores.device)
         return scores

@@ -100,17 +100,17 @@ def main(data_args: DataConfig, pair_args: PairConfig, training_args: RewardConf
         pool_by_mask(model)
 
         # Data
-        dataset = Path(data_args.dataset)
+        dataset, share = Path(data_args.dataset), data_args.max_truncated_share
         train_rows = load_rows(dataset / "preferences_train.jsonl", data_args.max_train_rows)
         train_rows = swap_labels(train_rows, pair_args.swapped_share, training_args.seed)
         eval_rows = load_rows(dataset / "preferences_heldout.jsonl", data_args.max_eval_rows)
-        eval_pairs = reward_columns(eval_rows, tokenizer, training_args.max_length)
+        eval_pairs = reward_columns(eval_rows, tokenizer, training_args.max_length, share)
 
         # Trainer
         trainer = PersonaRewardTrainer(
             model=model,
             args=training_args,
-            train_dataset=reward_columns(train_rows, tokenizer, training_args.max_length),
+            train_dataset=reward_columns(train_rows, tokenizer, training_args.max_length, share),
             eval_dataset=eval_pairs,
             processing_class=tokenizer,
             peft_config=lora_config(model_args, model, reward=True),

@@ -56,7 +56,7 @@ def main(data_args: DataConfig, training_args: SFTConfig, model_args: ModelConfi
         model = load_base(model_args, tokenizer)
 
         # Data
-        dataset = Path(data_args.dataset)
+        dataset, share = Path(data_args.dataset), data_args.max_truncated_share
         train_rows = load_rows(dataset / "dialogues_train.jsonl", data_args.max_train_rows)
         eval_rows = load_rows(dataset / "dialogues_heldout.jsonl", data_args.max_eval_rows)
 
@@ -64,8 +64,8 @@ def main(data_args: DataConfig, training_args: SFTConfig, model_args: ModelConfi
         trainer = PersonaSFTTrainer(
             model=model,
             args=training_args,
-            train_dataset=sft_columns(train_rows, tokenizer, training_args.max_length),
-            eval_dataset=sft_columns(eval_rows, tokenizer, training_args.max_length),
+            train_dataset=sft_columns(train_rows, tokenizer, training_args.max_length, share),
+            eval_dataset=sft_columns(eval_rows, tokenizer, training_args.max_length, share),
             processing_class=tokenizer,
             peft_config=lora_config(model_args, model),
         )

@@ -58,11 +58,11 @@ def test_string_prompts_and_message_rows_give_the_same_ids(tokenizer, columns):
     assert any(first.values())
 
 
-def test_a_string_prompt_with_a_reply_trains_as_its_messages(tokenizer):
+def test_a_row_of_text_without_a_reply_has_nothing_to_train_on(tokenizer):
     text = render_prompt(Persona(tuple(PERSONA)), HISTORY[:1])
-    for rows in ([{"messages": text}], [{"prompt": text}], [{"persona": PERSONA, "messages": HISTORY[:1]}]):
-        ids = sft_columns(rows, tokenizer, 512)[0]["input_ids"]
-        assert ids == render([SYSTEM, *HISTORY[:1]], tokenizer)["input_ids"]
+    for row in ({"messages": text}, {"prompt": text}, {"persona": PERSONA, "messages": HISTORY[:1]}):
+        with pytest.raises(ValueError, match="row 2: `messages` has no reply of the assistant to train on"):
+            sft_columns([{"persona": PERSONA, "messages": HISTORY[:2]}, row], tokenizer, 512)
 
 
 def test_labels_are_the_replies_and_their_stop_tokens(tokenizer):

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,31 +36,40 @@ def load_rows(path: str | Path, limit: int | None = None) -> list[dict[str, Any]
     return rows
 
 
-def sft_columns(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """`input_ids` and `labels` (-100 but on the assistant's turns and their stop tokens)."""
+def sft_columns(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_truncated_share: float = 1.0
+) -> Dataset:
+    """`input_ids` and `labels` (-100 but on the assistant's turns and their stop tokens).
 
-    def columns(row: Row) -> tuple[dict[str, Any], int]:
-        rendered, dropped = render_within(with_persona(row), tokenizer, max_length)
+    A reply with `"train": False` is context; what follows the last trained reply teaches nothing and is left out.
+    """
+
+    def columns(row: Row) -> tuple[dict[str, Any], Cut]:
+        messages = _until_last_trained(with_persona(row))
+        rendered, dropped = render_within(messages, tokenizer, max_length)
         pairs = zip(rendered["input_ids"], rendered["assistant_mask"], strict=True)
-        return {"input_ids": rendered["input_ids"], "labels": [id if mask else -100 for id, mask in pairs]}, dropped
+        labels = [id if mask else -100 for id, mask in pairs]
+        whole = len(render(messages, tokenizer)["input_ids"]) if dropped else len(labels)
+        return {"input_ids": rendered["input_ids"], "labels": labels}, Cut(dropped, whole)
 
-    return _columns(rows, columns, max_length)
+    return _columns(rows, columns, max_length, max_truncated_share)
 
 
-def preference_columns(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def preference_columns(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_truncated_share: float = 1.0
+) -> Dataset:
     """`prompt_ids`, `chosen_ids`, `rejected_ids`, and `kind`; a completion ends with the stop token.
 
     The oldest turns of a prompt go first, as far as the longer of the two completions needs it.
     """
 
-    def columns(row: Row) -> tuple[dict[str, Any], int]:
+    def columns(row: Row) -> tuple[dict[str, Any], Cut]:
         chosen, rejected = (_completion_ids(row, key, tokenizer) for key in ("chosen", "rejected"))
         longer = max(len(chosen), len(rejected))
-        prompt, dropped = render_within(_prompt(row), tokenizer, max_length, True, completion_length=longer)
-        ids = {"prompt_ids": prompt["input_ids"], "chosen_ids": chosen, "rejected_ids": rejected}
-        return {**ids, "kind": row.get("kind", "")}, dropped
+        prompt, cut = _prompt_within(row, tokenizer, max_length, longer)
+        return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "kind": row.get("kind", "")}, cut
 
-    return _columns(rows, columns, max_length)
+    return _columns(rows, columns, max_length, max_truncated_share)
 
 
 def swap_labels(rows: Sequence[Row], share: float, seed: int) -> list[dict[str, Any]]:
@@ -70,27 +81,47 @@ def swap_labels(rows: Sequence[Row], share: float, seed: int) -> list[dict[str, 
     ]
 
 
-def reward_columns(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def reward_columns(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_truncated_share: float = 1.0
+) -> Dataset:
     """`chosen_ids` and `rejected_ids`, each with the prompt in front, as TRL's RewardTrainer wants them."""
-    pairs = preference_columns(rows, tokenizer, max_length)
+    pairs = preference_columns(rows, tokenizer, max_length, max_truncated_share)
     return pairs.map(
         lambda row: {key: row["prompt_ids"] + row[key] for key in ("chosen_ids", "rejected_ids")},
         remove_columns=["prompt_ids"],
     )
 
 
-def prompt_columns(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def prompt_columns(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_truncated_share: float = 1.0
+) -> Dataset:
     """`prompt_ids`, ending with the opening of a reply, and the row itself as JSON in `row` for reward callables.
 
     A row's `reference`, the reply that stands in the data, becomes `reference_ids`.
     """
 
-    def columns(row: Row) -> tuple[dict[str, Any], int]:
-        prompt, dropped = render_within(_prompt(row), tokenizer, max_length, add_generation_prompt=True)
+    def columns(row: Row) -> tuple[dict[str, Any], Cut]:
+        prompt, cut = _prompt_within(row, tokenizer, max_length)
         reference = _completion_ids(row, "reference", tokenizer) if row.get("reference") else None
-        return {"prompt_ids": prompt["input_ids"], "reference_ids": reference, "row": json.dumps(row)}, dropped
+        return {"prompt_ids": prompt, "reference_ids": reference, "row": json.dumps(row)}, cut
 
-    return _columns(rows, columns, max_length)
+    return _columns(rows, columns, max_length, max_truncated_share)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What `max_length` did to a row: turns dropped, and the ids that it would have without a limit."""
+
+    dropped: int
+    whole: int
+
+
+def _until_last_trained(messages: list[Message]) -> list[Message]:
+    # The very first message is never a reply (see `rlhf.chat.render`).
+    trained = [i for i, m in enumerate(messages) if i and m["role"] == "assistant" and m.get("train", True)]
+    if not trained:
+        raise PromptError("`messages` has no reply of the assistant to train on; leave the row out")
+    return messages[: trained[-1] + 1]
 
 
 def _prompt(row: Row) -> list[Message]:
@@ -100,31 +131,61 @@ def _prompt(row: Row) -> list[Message]:
     return messages
 
 
+def _prompt_within(
+    row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int, completion_length: int = 0
+) -> tuple[list[int], Cut]:
+    messages = _prompt(row)
+    prompt, dropped = render_within(messages, tokenizer, max_length, True, completion_length)
+    whole = render(messages, tokenizer, add_generation_prompt=True) if dropped else prompt
+    return prompt["input_ids"], Cut(dropped, len(whole["input_ids"]) + completion_length)
+
+
 def _completion_ids(row: Row, key: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of a reply and its stop token. They follow from the last user turn: earlier turns do not change them."""
     completion = row[key] if isinstance(row[key], list) else [{"role": "assistant", "content": row[key]}]
     if [message["role"] for message in completion] != ["assistant"]:
         raise PromptError(f"`{key}` must be one message of the assistant, or its text, got {completion}")
+    if not completion[0].get("train", True):
+        raise PromptError(f"`{key}` is a reply with `train` false, which is context only; leave the row out")
     rendered = render([*_prompt(row)[-1:], *completion], tokenizer)
     pairs = zip(rendered["input_ids"], rendered["assistant_mask"], strict=True)
     return [id for id, mask in pairs if mask]
 
 
-def _columns(rows: Sequence[Row], columns: Callable[[Row], tuple[dict[str, Any], int]], max_length: int) -> Dataset:
+def _columns(
+    rows: Sequence[Row],
+    columns: Callable[[Row], tuple[dict[str, Any], Cut]],
+    max_length: int,
+    max_truncated_share: float,
+) -> Dataset:
     made = []
     for number, row in enumerate(rows, 1):
         try:
             made.append(columns(row))
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
-    cut = [dropped for _, dropped in made if dropped]
-    if cut:
-        logger.warning(
-            "%d of %d rows lost their oldest turns (%d in all) to fit `max_length` %d.",
-            len(cut), len(rows), sum(cut), max_length,
-        )  # fmt: skip
+    dropped = [cut.dropped for _, cut in made if cut.dropped]
+    if dropped:
+        summary = (
+            f"{len(dropped)} of {len(rows)} rows lost their oldest turns ({sum(dropped)} in all) to fit "
+            f"`max_length` {max_length}."
+        )
+        if len(dropped) > max_truncated_share * len(rows):
+            remedy = length_remedy([cut.whole for _, cut in made], max_truncated_share)
+            raise ValueError(f"{summary} {remedy}")
+        logger.warning("%s", summary)
     # `length` is what the Trainer's group_by_length goes by where there are no `input_ids`.
     return Dataset.from_list([{**values, "length": _length(values)} for values, _ in made])
+
+
+def length_remedy(lengths: Sequence[int], max_truncated_share: float) -> str:
+    """What `max_length` would do for rows of these lengths (in ids), as a sentence."""
+    allowed = math.floor(max_truncated_share * len(lengths))
+    enough = sorted(lengths, reverse=True)[min(allowed, len(lengths) - 1)]
+    return (
+        f"`max_truncated_share` allows {max_truncated_share:.0%}. With `max_length` {enough} the share is kept, with "
+        f"{max(lengths)} nothing is cut."
+    )
 
 
 def _length(values: Mapping[str, Any]) -> int:
