@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -44,6 +44,39 @@ CHATML_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+# In the manner of Qwen3's: history without thinking, an empty block in a prompt and in the last reply.
+QWEN3_TEMPLATE = (
+    "{%- set asked = namespace(last=0) -%}{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{%- set asked.last = loop.index0 -%}{%- endif -%}{%- endfor -%}"
+    "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{%- if message['role'] == 'assistant' and loop.last and loop.index0 > asked.last -%}"
+    "{{ '<think>\n\n</think>\n\n' }}{%- endif -%}"
+    "{{ message['content'].split('</think>')[-1] + '<|im_end|>\n' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}"
+    "{%- endif -%}"
+)
+# In the manner of Llama 3.2's: a system message with today's date, text trimmed.
+LLAMA3_TEMPLATE = (
+    "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\nToday: ' }}"
+    "{{ (date_string if date_string is defined else strftime_now('%d %b %Y')) + '\n\n' }}"
+    "{%- if messages[0]['role'] == 'system' -%}{{ messages[0]['content'] | trim }}{%- set turns = messages[1:] -%}"
+    "{%- else -%}{%- set turns = messages -%}{%- endif -%}{{ '<|eot_id|>' }}"
+    "{%- for message in turns -%}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"
+)
+# In the manner of Gemma's: no system message, user and assistant in turn, another name for the assistant, text trimmed.
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{{ raise_exception('no system role') }}{%- endif -%}"
+    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{ raise_exception('user and assistant must take turns') }}{%- endif -%}"
+    "{%- set role = 'model' if message['role'] == 'assistant' else 'user' -%}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
 )
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
@@ -85,6 +118,43 @@ def gpt2_tokenizer() -> PreTrainedTokenizerFast:
     """Neither chat template nor pad token."""
     end = "<|endoftext|>"
     return byte_level_tokenizer([end], bos_token=end, eos_token=end, unk_token=end)
+
+
+def qwen3_tokenizer() -> PreTrainedTokenizerFast:
+    """The thinking tags are tokens, and not special ones."""
+    tokenizer = qwen2_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = QWEN3_TEMPLATE
+    return tokenizer
+
+
+def llama3_tokenizer() -> PreTrainedTokenizerFast:
+    """No pad token; the end of a turn is neither the end of the text nor the tokenizer's own."""
+    headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    return byte_level_tokenizer(
+        ["<|begin_of_text|>", "<|end_of_text|>", *headers],
+        bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>",
+        additional_special_tokens=headers, chat_template=LLAMA3_TEMPLATE,
+    )  # fmt: skip
+
+
+def gemma_tokenizer() -> PreTrainedTokenizerFast:
+    """The template takes no system message. Runs of newlines are tokens, and no control."""
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    tokenizer = byte_level_tokenizer(
+        ["<pad>", "<eos>", "<bos>", *turns],
+        bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+        additional_special_tokens=turns, chat_template=GEMMA_TEMPLATE,
+    )  # fmt: skip
+    tokenizer.add_tokens(["\n\n"])
+    return tokenizer
+
+
+def folding_tokenizer() -> PreTrainedTokenizerFast:
+    """Lower case and NFKC: it reads "＜｜USER｜＞" as the tag of its template."""
+    tokenizer = llama_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    return tokenizer
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
