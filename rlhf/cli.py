@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import STAGES, ConfigError, exit_with
+from rlhf.config import STAGES, ConfigError, exit_with, parse
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -29,6 +29,11 @@ def make_parser() -> argparse.ArgumentParser:
     chat.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
     chat.add_argument("--max_new_tokens", type=int, default=64)
     chat.set_defaults(command=_chat)
+
+    check = commands.add_parser("check", help="show what a training stage would train on, and what is wrong with it")
+    check.add_argument("file", type=Path, metavar="STAGE.yaml", help="a file such as recipes/demo/sft.yaml")
+    check.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="as the scripts take them")
+    check.set_defaults(command=_check)
     return parser
 
 
@@ -57,6 +62,20 @@ def _run(arguments: argparse.Namespace) -> None:
             raise ConfigError([f"`set`: {word!r}: write --set key=value or --set stage.key=value"])
         overrides[key] = value
     run(arguments.recipe, arguments.tiny, arguments.until, arguments.output_dir, **overrides)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from rlhf.check import FILES, show
+    from rlhf.pipeline import config_classes
+
+    stage = arguments.file.stem
+    if stage not in FILES:
+        raise ConfigError(
+            [f"`{arguments.file}`: is the file of no training stage; there are {', '.join(FILES)} .yaml"]
+        )
+    configs = parse(config_classes(stage), ["--config", str(arguments.file), *arguments.overrides], stage)
+    if not show(stage, configs):
+        raise SystemExit(1)
 
 
 def _chat(arguments: argparse.Namespace) -> None:

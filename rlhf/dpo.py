@@ -13,6 +13,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from rlhf.callbacks import watch
+from rlhf.check import preflight
 from rlhf.config import DataConfig, PairConfig
 from rlhf.data.columns import load_rows, preference_columns, swap_labels
 from rlhf.files import folder_hash
@@ -86,6 +87,8 @@ def main(
         log_level=training_args.log_level,
         parents={"prepare": data_args.dataset, "sft": parents.sft_adapter},
     ) as record:
+        preflight("dpo", (data_args, pair_args, parents, training_args, model_args))
+
         # Tokenizer and base
         tokenizer = load_tokenizer(model_args.model_name_or_path)
         model = load_base(model_args, tokenizer)

@@ -10,6 +10,7 @@ from typing import Any
 from trl import ModelConfig
 
 from rlhf.callbacks import watch
+from rlhf.check import preflight
 from rlhf.config import DataConfig
 from rlhf.data.columns import load_rows, prompt_columns
 from rlhf.files import folder_hash
@@ -48,6 +49,8 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig,
         log_level=training_args.log_level,
         parents={name: folder for name, folder in folders.items() if folder},
     ) as record:
+        preflight("ppo", (data_args, parents, training_args, model_args))
+
         # Tokenizer and base
         tokenizer = load_tokenizer(model_args.model_name_or_path)
         model = load_base(model_args, tokenizer)

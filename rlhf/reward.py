@@ -13,6 +13,7 @@ from torch.utils.data import SequentialSampler
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rlhf.callbacks import watch
+from rlhf.check import preflight
 from rlhf.config import DataConfig, PairConfig
 from rlhf.data.columns import load_rows, reward_columns, swap_labels
 from rlhf.files import folder_hash, write_json
@@ -94,6 +95,8 @@ def main(data_args: DataConfig, pair_args: PairConfig, training_args: RewardConf
         log_level=training_args.log_level,
         parents={"prepare": data_args.dataset},
     ) as record:
+        preflight("reward", (data_args, pair_args, training_args, model_args))
+
         # Tokenizer and base
         tokenizer = load_tokenizer(model_args.model_name_or_path)
         model = load_base(model_args, tokenizer, reward=True)

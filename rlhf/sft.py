@@ -11,6 +11,7 @@ import torch
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from rlhf.callbacks import watch
+from rlhf.check import preflight
 from rlhf.config import DataConfig
 from rlhf.data.columns import load_rows, sft_columns
 from rlhf.files import folder_hash
@@ -51,6 +52,8 @@ def main(data_args: DataConfig, training_args: SFTConfig, model_args: ModelConfi
         log_level=training_args.log_level,
         parents={"prepare": data_args.dataset},
     ) as record:
+        preflight("sft", (data_args, training_args, model_args))
+
         # Tokenizer and base
         tokenizer = load_tokenizer(model_args.model_name_or_path)
         model = load_base(model_args, tokenizer)

@@ -1,0 +1,316 @@
+"""What is wrong with a training stage before it starts: `rlhf check`, and the fast part that every training calls.
+
+A sample of the stage's own rows goes through the code that will train on it; what comes out is compared with the rows
+and with what a model is asked at inference. No model is loaded.
+"""
+
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from scipy.stats import binomtest
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from rlhf.chat import Message, neutralise, render, render_within, stop_token_id
+from rlhf.config import values_of
+from rlhf.data.columns import length_remedy, load_rows, preference_columns, prompt_columns, sft_columns
+from rlhf.model import load_tokenizer, precision
+from rlhf.persona import with_persona
+from rlhf.record import RunError
+
+logger = logging.getLogger(__name__)
+
+FILES = {"sft": "dialogues", "reward": "preferences", "dpo": "preferences", "ppo": "prompts"}
+SAMPLED_ROWS = 64
+_NO_LIMIT = 10**9
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the pre-flight list. A training starts all the same where an item that does not block it fails."""
+
+    name: str
+    passed: bool
+    detail: str
+    blocks: bool = True
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sequence as a trainer is given it: ids, 1 where it is trained on (for PPO: the reference), and its dialogue."""
+
+    input_ids: list[int]
+    trained: list[int]
+    messages: list[Message]
+
+    def runs(self) -> list[tuple[int, list[int]]]:
+        """Where each trained stretch begins, and its ids."""
+        positions = itertools.groupby(range(len(self.trained)), key=lambda i: self.trained[i])
+        stretches = [list(places) for trained, places in positions if trained]
+        return [(places[0], [self.input_ids[i] for i in places]) for places in stretches]
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The pre-flight list of a stage, with what it was taken from as far as that could be read."""
+
+    items: list[Item]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    example: Example | None = None
+
+
+def preflight(stage: str, configs: Sequence[Any]) -> None:
+    """Log the pre-flight list of a training stage. Seconds; the scripts call it first.
+
+    Raises:
+        RunError: with every item that fails and blocks.
+    """
+    items = examine(stage, configs).items
+    for item in items:
+        level = logging.INFO if item.passed else logging.WARNING
+        logger.log(level, "check %-9s %s: %s", item.name, "passed" if item.passed else "FAILED", item.detail)
+    failed = [f"  - {item.name}: {item.detail}" for item in items if item.blocks and not item.passed]
+    if failed:
+        raise RunError("\n".join([f"The stage {stage!r} is not fit to start:", *failed]))
+
+
+def examine(stage: str, configs: Sequence[Any]) -> Examination:
+    """Go through the pre-flight list of a training stage (sft, reward, dpo, ppo)."""
+    values = values_of(configs)
+    args = next(config for config in configs if isinstance(config, TrainingArguments))
+    items = _settings(values, args)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, side, limit in (("data", "train", "max_train_rows"), ("held-out", "heldout", "max_eval_rows")):
+        path = Path(values["dataset"]) / f"{FILES[stage]}_{side}.jsonl"
+        try:
+            rows[side] = load_rows(path, values[limit])
+            items.append(Item(name, True, f"{len(rows[side]):,} rows in {path}"))
+        except (OSError, ValueError) as error:
+            items.append(Item(name, False, str(error)))
+    if "train" in rows:
+        items += _steps(stage, values, args, len(rows["train"]))
+    try:
+        tokenizer = load_tokenizer(values["model_name_or_path"])
+    except (OSError, ValueError) as error:
+        return Examination([*items, Item("format", False, f"`model_name_or_path`: {error}")])
+    sample = [row for side in rows.values() for row in _spread(side, SAMPLED_ROWS)]
+    try:
+        examples = [example for row in sample for example in _examples(stage, row, tokenizer)]
+    except ValueError as error:
+        return Examination([*items, Item("format", False, str(error))], tokenizer)
+    items.append(
+        Item("format", bool(examples), f"{len(sample)} sampled rows rendered, each prompt a prefix of its dialogue")
+    )
+    if examples:
+        items += [
+            _mask(stage, examples, tokenizer),
+            _stop(examples, tokenizer),
+            _prompt(stage, examples, tokenizer),
+            _length(stage, examples, values),
+        ]
+    parents = [values[key] for key in ("sft_adapter", "reward_adapter") if values.get(key)]
+    items += [_parent(folder, examples, tokenizer) for folder in parents]
+    return Examination(items, tokenizer, examples[0] if examples else None)
+
+
+def _settings(values: Mapping[str, Any], args: TrainingArguments) -> list[Item]:
+    clip = values["max_grad_norm"]
+    clipped = f"`max_grad_norm` {clip}" + ("" if clip > 0 else ": gradients are not clipped; set 1.0")
+    numbers = "float32" if args.use_cpu else precision().reason
+    return [
+        Item("device", True, f"{args.device.type}, {args.world_size} process(es), {numbers}"),
+        Item("clipping", clip > 0, clipped, blocks=False),
+    ]
+
+
+def _steps(stage: str, values: Mapping[str, Any], args: TrainingArguments, rows: int) -> list[Item]:
+    """How long the training is, and whether samples of the model's own replies fall into it."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if stage == "ppo":
+        rollout = batch * values["num_mini_batches"]
+        steps = values["total_episodes"] // rollout * values["num_mini_batches"] * values["num_ppo_epochs"]
+        said = f"`total_episodes` {values['total_episodes']:,} in rollouts of {rollout}"
+    elif args.max_steps > 0:
+        steps, said = args.max_steps, f"`max_steps` {args.max_steps:,}"
+    else:
+        steps = int(-(-rows // batch) * args.num_train_epochs)
+        said = f"`num_train_epochs` {args.num_train_epochs:g} of {rows:,} rows"
+    said += f": {steps:,} optimiser steps of {batch}"
+    every = values["sample_steps"]
+    sampled = (
+        f"at the start and every {every:,} steps"
+        if every <= steps
+        else (f"`sample_steps` is {every:,}, so the trained model is never sampled; set {max(steps, 1):,} or less")
+    )
+    return [
+        Item("steps", steps >= 1, said if steps >= 1 else f"{said}; nothing would be trained"),
+        Item("samples", every <= steps, sampled, blocks=False),
+    ]
+
+
+def _spread(rows: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """At most `number` rows, evenly over all of them: a file is often sorted by source."""
+    return [rows[i * len(rows) // number] for i in range(number)] if len(rows) > number else list(rows)
+
+
+def _examples(stage: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """What the stage's trainer is given of a row, uncut."""
+    messages = with_persona(row)
+    if stage == "sft":
+        columns = sft_columns([row], tokenizer, _NO_LIMIT)[0]
+        return [Example(columns["input_ids"], [int(label != -100) for label in columns["labels"]], messages)]
+    if stage == "ppo":
+        columns = prompt_columns([row], tokenizer, _NO_LIMIT)[0]
+        replies = [("reference", columns["reference_ids"] or [])]
+    else:
+        columns = preference_columns([row], tokenizer, _NO_LIMIT)[0]
+        replies = [(key, columns[f"{key}_ids"]) for key in ("chosen", "rejected")]
+    prompt = columns["prompt_ids"]
+    return [
+        Example(prompt + ids, [0] * len(prompt) + [1] * len(ids), messages + (_as_message(row[key]) if ids else []))
+        for key, ids in replies
+    ]
+
+
+def _as_message(reply: str | list[Message]) -> list[Message]:
+    return [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
+
+
+def _replies(stage: str, example: Example) -> list[int]:
+    """Positions of the messages that the loss should fall on: for SFT every trained reply, else the last one."""
+    said = [i for i, m in enumerate(example.messages) if i and m["role"] == "assistant" and m.get("train", True)]
+    return said if stage == "sft" else said[-1:] if any(example.trained) else []
+
+
+def _mask(stage: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Item:
+    """The trained tokens, decoded, are the replies and nothing else."""
+
+    def read(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids).strip()
+
+    for example in examples:
+        trained = [read(ids[:-1]) for _, ids in example.runs()]
+        # Through the tokenizer and back, since some fold case or spaces.
+        texts = [neutralise(example.messages[i]["content"], tokenizer).strip() for i in _replies(stage, example)]
+        wanted = [read(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        if trained != wanted:
+            return Item("mask", False, f"the loss falls on {trained!r}, the replies are {wanted!r}")
+    tokens = sum(sum(example.trained) for example in examples)
+    share = tokens / sum(len(example.trained) for example in examples)
+    return Item("mask", True, f"the trained tokens ({share:.0%}) are the replies and nothing else")
+
+
+def _stop(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Item:
+    found = stop_token_id(tokenizer)
+    name = tokenizer.convert_ids_to_tokens(found)
+    if tokenizer.eos_token_id != found:
+        return Item("stop", False, f"replies close with {name!r}, but the tokenizer stops at {tokenizer.eos_token!r}")
+    runs = [ids for example in examples for _, ids in example.runs()]
+    without = sum(ids[-1] != found or ids.count(found) != 1 for ids in runs)
+    if without:
+        return Item("stop", False, f"{without} of {len(runs)} trained replies do not end with one {name!r}")
+    return Item("stop", True, f"{name!r} (id {found}) is trained at the end of each of {len(runs)} replies")
+
+
+def _prompt(stage: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Item:
+    """What `rlhf.generate` asks the model with is, id by id, what stands in front of the reply in training."""
+    number = 0
+    for example in examples:
+        for (start, _), place in zip(example.runs(), _replies(stage, example), strict=True):
+            asked = render_within(example.messages[:place], tokenizer, _NO_LIMIT, add_generation_prompt=True)[0]
+            number += 1
+            if example.input_ids[:start] != asked["input_ids"]:
+                there, here = (tokenizer.decode(ids[-20:]) for ids in (example.input_ids[:start], asked["input_ids"]))
+                return Item("prompt", False, f"training has {there!r} before a reply, inference {here!r}")
+    return Item("prompt", True, f"inference asks with the ids of training, before {number} replies")
+
+
+def _length(stage: str, examples: Sequence[Example], values: Mapping[str, Any]) -> Item:
+    limit, allowed = values["max_length"], values["max_truncated_share"]
+    lengths = [example.trained.index(1) if stage == "ppo" and any(example.trained) else len(example.trained)
+               for example in examples]  # fmt: skip
+    cut = sum(length > limit for length in lengths)
+    said = f"{cut} of {len(lengths)} sampled sequences are longer than `max_length` {limit}, the longest has {max(lengths)}"
+    # A sample decides only where it is clear; the training counts every row.
+    too_many = cut > 0 and binomtest(cut, len(lengths)).proportion_ci(method="wilson").low > allowed
+    return Item("length", not too_many, f"{said}. {length_remedy(lengths, allowed)}" if too_many else said)
+
+
+def _parent(folder: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Item:
+    """The adapter that training starts from was trained on prompts of the same form."""
+    try:
+        theirs = load_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        return Item("parent", False, f"{folder} has no tokenizer that can be read: {error}")
+    for example in examples:
+        asked, trained = (render(example.messages, each)["input_ids"] for each in (tokenizer, theirs))
+        if asked != trained:
+            ours, other = tokenizer.decode(asked)[:80], theirs.decode(trained)[:80]
+            return Item("parent", False, f"{folder} was trained on {other!r}, here the same dialogue is {ours!r}")
+    return Item("parent", True, f"{folder} was trained on dialogues of the same form")
+
+
+# --- what `rlhf check` shows -----------------------------------------------------------------------------------------
+
+
+def show(stage: str, configs: Sequence[Any], console: Console | None = None) -> bool:
+    """Print the pre-flight list, a prompt, and a dialogue with its trained tokens marked; say whether all passed."""
+    console = console or Console()
+    examination = examine(stage, configs)
+    values = values_of(configs)
+    head = Table.grid(padding=(0, 2))
+    for key in ("model_name_or_path", "dataset", "output_dir", "max_length"):
+        head.add_row(Text(key, style="bold"), Text(str(values[key])))
+    console.print(Panel(head, title=f"rlhf check: {stage}", title_align="left", border_style="cyan"))
+    if examination.example is not None and examination.tokenizer is not None:
+        console.print(_shown_dialogue(stage, examination.example, examination.tokenizer))
+    listed = Table(show_header=False, box=None, padding=(0, 1))
+    for item in examination.items:
+        mark = Text("pass", style="green") if item.passed else Text("FAIL", style="bold white on red")
+        listed.add_row(mark, Text(item.name, style="bold"), Text(item.detail, style="" if item.passed else "red"))
+    console.print(Panel(listed, title="pre-flight", title_align="left", border_style="cyan"))
+    failed = [item.name for item in examination.items if not item.passed]
+    if failed:
+        console.print(Text(f"not fit to start: {', '.join(failed)}", style="bold red"))
+    else:
+        console.print(Text(f"all {len(examination.items)} items passed", style="bold green"))
+    return not failed
+
+
+def _shown_dialogue(stage: str, example: Example, tokenizer: PreTrainedTokenizerBase) -> Group:
+    """The tokens in colour; brackets mark the trained ones where there is no colour."""
+    stop = tokenizer.eos_token_id
+    text = Text()
+    before = 0
+    for id, trained in zip(example.input_ids, example.trained, strict=True):
+        if trained != before:
+            text.append("⟦" if trained else "⟧", style="bold green")
+        before = trained
+        piece = tokenizer.decode([id])
+        shown = tokenizer.convert_ids_to_tokens(id) if "\ufffd" in piece else piece.replace("\n", "⏎\n") or "▁"
+        style = "black on green" if trained else "dim"
+        if id == stop:
+            style = "black on yellow" if trained else "yellow"
+        elif id in tokenizer.all_special_ids:
+            style = "magenta"
+        text.append(shown, style=style)
+        text.append("·", style="dim")
+    text.append("⟧" if before else "", style="bold green")
+    legend = Text.assemble(
+        ("trained", "black on green"), " ", ("stop token, trained", "black on yellow"), " ", ("special token", "magenta"),
+        " ", ("context", "dim"), f"   {sum(example.trained)} of {len(example.trained)} tokens trained, · ends a token",
+    )  # fmt: skip
+    what = {"sft": "a dialogue", "ppo": "a prompt and its reference"}.get(stage, "a prompt and its chosen reply")
+    runs = example.runs()
+    prompt = tokenizer.decode(example.input_ids[: runs[0][0]] if runs else example.input_ids)
+    return Group(
+        Panel(Text(prompt), title="the first prompt, as the model is asked", title_align="left", border_style="cyan"),
+        Panel(Group(text, Text(), legend), title=f"tokens of {what}", title_align="left", border_style="cyan"),
+    )

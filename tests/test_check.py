@@ -1,0 +1,156 @@
+"""The pre-flight list: what passes on good data, and each item failing on what it is there for."""
+
+import json
+import shutil
+
+import pytest
+from rich.console import Console
+
+from rlhf import check
+from rlhf.check import Example, examine, preflight, show
+from rlhf.cli import main
+from rlhf.config import parse
+from rlhf.data.columns import sft_columns
+from rlhf.model import load_tokenizer
+from rlhf.pipeline import config_classes
+from rlhf.record import RunError
+from tests.conftest import ZEPHYR_TEMPLATE
+
+NAMES = ["device", "clipping", "data", "held-out", "steps", "samples", "format", "mask", "stop", "prompt", "length"]
+
+
+@pytest.fixture
+def configs(tiny_llama, dataset, tmp_path):
+    def make(stage, **values):
+        values = {"model_name_or_path": tiny_llama, "dataset": dataset, "output_dir": tmp_path / "run", "use_cpu": True,
+                  "max_length": 256, "sample_steps": 1, **values}  # fmt: skip
+        if stage == "ppo":
+            values = {
+                "total_episodes": 64,
+                "per_device_train_batch_size": 4,
+                "reward_function": "builtins:len",
+                **values,
+            }
+        return parse(config_classes(stage), [f"--{key}={value}" for key, value in values.items()], stage)
+
+    return make
+
+
+@pytest.fixture
+def adapter(tiny_llama, tmp_path):
+    """The tokenizer that a stage saves beside its adapter."""
+    load_tokenizer(str(tiny_llama)).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def failed(examination):
+    return {item.name: item.detail for item in examination.items if not item.passed}
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_good_data_passes(stage, configs, adapter):
+    parents = {"sft_adapter": adapter} if stage in ("dpo", "ppo") else {}
+    examination = examine(stage, configs(stage, **parents))
+    assert not failed(examination)
+    assert [item.name for item in examination.items] == NAMES + ["parent"] * len(parents)
+    preflight(stage, configs(stage, **parents))
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "detail"),
+    [
+        ({"dataset": "nowhere"}, "data", "The stage `prepare` makes it"),
+        ({"model_name_or_path": "./nowhere"}, "format", "`model_name_or_path`"),
+        ({"max_length": 40}, "length", "With `max_length`"),
+    ],
+)
+def test_what_would_spoil_the_training_stops_it(configs, values, name, detail):
+    assert detail in failed(examine("sft", configs("sft", **values)))[name]
+    with pytest.raises(RunError, match=f"not fit to start:(.|\n)*- {name}: "):
+        preflight("sft", configs("sft", **values))
+
+
+def test_what_is_only_unwise_does_not_stop_it(configs, caplog):
+    unwise = configs("sft", max_grad_norm=0, sample_steps=100, max_steps=5)
+    assert failed(examine("sft", unwise)) == {
+        "clipping": "`max_grad_norm` 0.0: gradients are not clipped; set 1.0",
+        "samples": "`sample_steps` is 100, so the trained model is never sampled; set 5 or less",
+    }
+    preflight("sft", unwise)
+    assert "check clipping  FAILED" in caplog.text
+
+
+def test_a_rollout_larger_than_the_training_is_no_training(configs, adapter):
+    found = failed(examine("ppo", configs("ppo", sft_adapter=adapter, total_episodes=8, num_mini_batches=4)))
+    assert "nothing would be trained" in found["steps"]
+
+
+def test_an_adapter_of_another_chat_format_is_refused(configs, adapter, tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer.chat_template = ZEPHYR_TEMPLATE.replace(
+        "'<|' + message['role'] + '|>\n'", "'### ' + message['role'] + '\n'"
+    ).replace("<|assistant|>", "### assistant")  # as Alpaca's
+    tokenizer.save_pretrained(adapter)
+    assert "### system" in failed(examine("dpo", configs("dpo", sft_adapter=adapter)))["parent"]
+    shutil.rmtree(adapter)
+    assert "no tokenizer" in failed(examine("dpo", configs("dpo", sft_adapter=adapter)))["parent"]
+
+
+def tampered(monkeypatch, change):
+    def columns(rows, tokenizer, *args):
+        row = sft_columns(rows, tokenizer, *args).to_list()[0]
+        return [{**row, **change(row, tokenizer)}]
+
+    monkeypatch.setattr(check, "sft_columns", columns)
+
+
+def test_a_loss_on_the_prompt_is_seen(configs, monkeypatch):
+    tampered(monkeypatch, lambda row, tokenizer: {"labels": row["input_ids"]})
+    assert set(failed(examine("sft", configs("sft")))) >= {"mask"}
+
+
+def test_a_stop_token_masked_as_padding_is_seen(configs, monkeypatch):
+    """As collators do that mask every id that is the pad id."""
+    tampered(
+        monkeypatch,
+        lambda row, tokenizer: {"labels": [-100 if id == tokenizer.pad_token_id else id for id in row["labels"]]},
+    )
+    assert "do not end with one '</s>'" in failed(examine("sft", configs("sft")))["stop"]
+
+
+def test_a_prompt_of_another_form_is_seen(configs, monkeypatch):
+    tampered(
+        monkeypatch,
+        lambda row, tokenizer: {"input_ids": [7, *row["input_ids"]], "labels": [-100, *row["labels"]]},
+    )
+    assert set(failed(examine("sft", configs("sft")))) == {"prompt"}
+
+
+def test_stretches_of_trained_tokens():
+    assert Example([5, 6, 7, 8, 9], [0, 1, 1, 0, 1], []).runs() == [(1, [6, 7]), (4, [9])]
+
+
+def test_the_dialogue_is_shown_with_its_trained_tokens_marked(configs):
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    assert show("sft", configs("sft"), console)
+    text = console.export_text()
+    assert "⟦i· have· a· dog· .·</s>·⟧" in text and "all 11 items passed" in text
+
+
+def test_the_command_ends_with_a_status(tiny_llama, dataset, tmp_path, capsys):
+    path = tmp_path / "sft.yaml"
+    values = {
+        "model_name_or_path": str(tiny_llama),
+        "dataset": str(dataset),
+        "output_dir": "runs/x",
+        "sample_steps": 1,
+    }
+    path.write_text(json.dumps(values))  # JSON is YAML
+    main(["check", str(path), "--use_cpu", "true"])
+    assert "all 11 items passed" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(path), "--use_cpu", "true", "--max_grad_norm=0"])
+    assert end.value.code == 1 and "not fit to start: clipping" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(tmp_path / "prepare.yaml")])
+    assert end.value.code == 2 and "no training stage" in capsys.readouterr().err
