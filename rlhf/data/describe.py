@@ -1,0 +1,3 @@
+"""x"""
+def describe(rows, rejected=()):
+    return {"duplicates": {"replies": 0}}
