@@ -4,7 +4,8 @@
 
 Each size runs in a process of its own, so that its peak memory is its own. The dialogues are generated: four exchanges of
 random words, some common and most rare as in natural text, and every tenth reply, with its question, an altered copy of
-an earlier one. The exponent is the slope of log seconds over log rows; 1 is linear.
+an earlier one. Seconds are of the processor, so that another program on the machine changes them little; all of it runs
+on one core. The exponent is the slope of log seconds over log rows; 1 is linear.
 """
 
 import argparse
@@ -36,7 +37,9 @@ RECENT = 1_000  # exchanges that copies are made of
 def dialogues(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """`count` dialogue rows, one persona for each ten."""
     rng = random.Random(seed)
-    syllables = [first + vowel + last for first in "bdfghklmnprstvw" for vowel in "aeiou" for last in ("", "n", "r", "st")]
+    syllables = [
+        first + vowel + last for first in "bdfghklmnprstvw" for vowel in "aeiou" for last in ("", "n", "r", "st")
+    ]
     words = ["".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3)))) for _ in range(WORDS)]
     weights = list(accumulate(1 / (rank + 3) for rank in range(WORDS)))  # Zipf's law
 
@@ -61,19 +64,19 @@ def dialogues(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def measure(count: int) -> dict[str, Any]:
-    """Seconds of each step and peak memory, both without and with the generated rows."""
+    """Seconds of each step, and peak memory: of everything, and of the generated rows alone."""
     rows = list(dialogues(count))
     start_gib = _peak_gib()
     times = {}
-    begin = time.perf_counter()
+    begin = time.process_time()
     kept, rejected = drop_duplicates(rows)
-    times["duplicates"] = time.perf_counter() - begin
-    begin = time.perf_counter()
+    times["duplicates"] = time.process_time() - begin
+    begin = time.process_time()
     statistics = describe(kept, rejected)
-    times["describe"] = time.perf_counter() - begin
-    begin = time.perf_counter()
+    times["describe"] = time.process_time() - begin
+    begin = time.process_time()
     split(kept, 0.2, 42)
-    times["split"] = time.perf_counter() - begin
+    times["split"] = time.process_time() - begin
     return {
         "rows": count,
         "replies": count * EXCHANGES,
