@@ -234,7 +234,7 @@ def _add_perplexity(results: Row, model: Any, tokenizer: Any, dialogues: Sequenc
     ids = [r["input_ids"] for r, _ in rendered]
     masks = [r["assistant_mask"] for r, _ in rendered]
     replies = [
-        [m["content"] for m in row["messages"][dropped:] if m["role"] == "assistant"]
+        [m["content"] for m in row["messages"][dropped:] if m["role"] == "assistant" and m.get("train", True)]
         for row, (_, dropped) in zip(dialogues, rendered, strict=True)
     ]
     intervals = perplexity_intervals(

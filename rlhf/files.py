@@ -72,7 +72,7 @@ def folder_hash(folder: str | Path) -> str:
     """SHA-256 by which a stage's result is named: of its adapter or model, or of its rows where it made data."""
     folder = Path(folder)
     paths = [p for p in (folder / "adapter_model.safetensors", folder / "model.safetensors") if p.is_file()]
-    paths = paths or sorted(p for p in folder.glob("*.jsonl") if p.name != "rejected.jsonl")
+    paths = paths or sorted(p for p in folder.glob("*.jsonl") if p.name not in ("kept.jsonl", "rejected.jsonl"))
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.name.encode() + b"\0")

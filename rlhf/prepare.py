@@ -2,22 +2,31 @@
 
     python rlhf/prepare.py --config recipes/<name>/prepare.yaml [--key value ...]
 
-One process, no GPU, seconds. Writes into `output_dir` {dialogues,preferences,prompts}_{train,heldout}.jsonl; for real
-data also rejected.jsonl (what was left out and why), for the persona world also probes.jsonl.
+One process, no GPU. Rows of a file go through reader, quality, near-duplicates, split and the search for leaks across it;
+what is left becomes the files {dialogues,preferences,prompts}_{train,heldout}.jsonl. Beside them stand kept.jsonl (the
+dialogues behind them), rejected.jsonl (what was left out, and why), statistics.json and statistics.png. The persona world
+is generated, not filtered, and has probes.jsonl too.
+
+Nothing is drawn but by the seed and every file is written whole, so a stage that was killed and runs again ends in the
+same bytes.
 """
 
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.data import preferences, sources, world
+from rich.console import Console
+
+from rlhf.data import audit, describe, duplicates, preferences, quality, sources, world
 from rlhf.data.sources import DataError, Row
 from rlhf.data.split import split
-from rlhf.files import folder_hash, write_jsonl
+from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
+from rlhf.model import load_tokenizer
 from rlhf.record import RunError, launch, stage
 
 logger = logging.getLogger(__name__)
@@ -25,7 +34,22 @@ logger = logging.getLogger(__name__)
 KINDS = ("dialogues", "preferences", "prompts")
 SIDES = ("train", "heldout")
 WORLD_ONLY = ("train_dialogues", "heldout_dialogues", "probe_characters")
-FILE_ONLY = ("path", "num_dialogues", "heldout", "max_turns", "max_rejected_share")
+FILE_ONLY = (
+    "path", "dataset_name", "persona", "character", "num_dialogues", "heldout", "max_turns", "max_rejected_share",
+    "quality",
+)  # fmt: skip
+# Each reader with the settings that it takes beside the path.
+READERS: dict[str, tuple[Callable[..., Iterator[Row]], tuple[str, ...]]] = {
+    "synthetic_persona_chat": (sources.synthetic_persona_chat, ()),
+    "convai2": (sources.convai2, ()),
+    "script": (sources.script, ("character", "persona")),
+    "question_answer": (sources.question_answer, ("persona",)),
+    "messages": (sources.messages, ("persona",)),
+    "preference": (sources.preference, ("persona",)),
+    "hub": (sources.hub, ("character", "persona")),
+    "jsonl": (sources.jsonl, ()),
+}
+NOT_DATA = ("kept.jsonl", "rejected.jsonl")
 
 
 @dataclass
@@ -34,7 +58,8 @@ class PrepareConfig:
 
     Attributes:
         output_dir: folder of the stage.
-        source: "world" generates data; "synthetic_persona_chat" reads a CSV of that name; "jsonl" reads dialogue rows.
+        source: "world" generates data; the others are the readers of `rlhf/data/sources.py`, one a format; "hub" reads a
+            dataset of the Hub by its columns, "jsonl" dialogue rows as they come out here.
         seed: of the split and of every draw.
         train_pairs: preference pairs for training; real data gives at most as many as it has replies.
         heldout_pairs: preference pairs held out.
@@ -43,17 +68,25 @@ class PrepareConfig:
         train_dialogues: world only.
         heldout_dialogues: world only.
         probe_characters: world only; characters that the probes ask about.
-        path: the file to read; not for the world.
+        path: the file to read; not for the world and the Hub.
+        dataset_name: of a dataset on the Hub; for `source: hub`.
+        persona: facts of the character, for formats that have none of their own.
+        character: whose lines are the replies; for scripts.
+        quality: what is asked of a reply (`rlhf/data/quality.py`); None goes by the source. Not for the world.
         num_dialogues: read until this many dialogues are usable (a conversation read from both sides counts once);
             None reads all. Not for the world.
         heldout: share of the rows to hold out if below 1, else their number; whole characters. Not for the world.
         max_turns: longer dialogues are cut, from the oldest turn on, into rows of this many turns. Not for the world.
         max_rejected_share: share of the dialogues that may be unusable before the stage stops. Not for the world.
+        force_audit: go on with preference pairs that can be told apart without the persona.
+        model_name_or_path: whose tokens statistics.json counts; None counts characters alone.
         log_level: of the console and of `training.log`.
     """
 
     output_dir: str
-    source: Literal["world", "synthetic_persona_chat", "jsonl"] = "world"
+    source: Literal[
+        "world", "synthetic_persona_chat", "convai2", "script", "question_answer", "messages", "preference", "hub", "jsonl"
+    ] = "world"  # fmt: skip
     seed: int = field(default=42, metadata={"range": "[0, inf)"})
     train_pairs: int = field(default=6000, metadata={"range": "[1, inf)"})
     heldout_pairs: int = field(default=700, metadata={"range": "[1, inf)"})
@@ -63,10 +96,16 @@ class PrepareConfig:
     heldout_dialogues: int = field(default=200, metadata={"range": "[1, inf)"})
     probe_characters: int = field(default=100, metadata={"range": "[1, inf)"})
     path: str | None = field(default=None, metadata={"path": True})
+    dataset_name: str | None = None
+    persona: list[str] | None = None
+    character: str | None = None
+    quality: Literal["chat", "script", "answers", "expert"] | None = None
     num_dialogues: int | None = field(default=None, metadata={"range": "[1, inf)"})
     heldout: float = field(default=0.2, metadata={"range": "(0, inf)"})
     max_turns: int = field(default=16, metadata={"range": "[2, inf)"})
     max_rejected_share: float = field(default=0.05, metadata={"range": "[0, 1]"})
+    force_audit: bool = False
+    model_name_or_path: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
@@ -77,8 +116,13 @@ class PrepareConfig:
             raise ValueError(
                 f"{names} {'has' if len(changed) == 1 else 'have'} no effect with `source` {self.source!r}; remove"
             )
-        if self.source != "world" and self.path is None:
-            raise ValueError(f"`path` is None; `source` {self.source!r} needs the file to read")
+        needed = "dataset_name" if self.source == "hub" else "path"
+        if self.source != "world" and getattr(self, needed) is None:
+            raise ValueError(f"`{needed}` is None; `source` {self.source!r} needs to know what to read")
+        if self.source == "script" and self.character is None:
+            raise ValueError("`character` is None; `source` 'script' needs the speaker whose lines are the replies")
+        if self.source in ("script", "question_answer") and not self.persona:
+            raise ValueError(f"`persona` is {self.persona!r}; `source` {self.source!r} has no facts of its own")
         if self.max_turns % 2:
             raise ValueError(f"`max_turns` must be even, so that a row ends with a reply, got {self.max_turns}")
 
@@ -87,88 +131,146 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Write the files of the stage and count what they hold.
 
     Returns:
-        {"rows": {file: rows}, "data_hash"}; for real data also "dialogues" (usable), "rejected" ({reason: number},
-        whole dialogues), "removed" ({reason: number}, lines and stretches of turns within dialogues that were kept),
-        "rows_between_sides" (left out by the split), "turns_without_reply_or_prompt" (at the ends of dialogues),
-        "dialogues_cut" (rows longer than `max_turns`, made into several).
+        {"rows": {file: rows}, "data_hash"}; for real data also "rejected" ({reason: number}, whole dialogues), "removed"
+        ({reason: number}, parts of dialogues that were kept), "rows_between_sides" (left out by the split),
+        "turns_without_reply_or_prompt" (at the ends of dialogues), "dialogues_cut" (rows longer than `max_turns`, made
+        into several).
 
     Raises:
         DataError: if the file cannot be read, more than `max_rejected_share` of its dialogues are unusable (after
-            rejected.jsonl is written, and before anything else is), or too little is left.
+            rejected.jsonl is written, and before anything else is), too little is left, or preference pairs can be told
+            apart without the persona (`rlhf.data.audit`) and `force_audit` is not set.
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     counts: dict[str, Any] = {}
+    rejected: list[Row] = []
     if config.source == "world":
         _remove_old(folder)
-        (folder / "rejected.jsonl").unlink(missing_ok=True)
         sizes = {
             f"{side}_{kind}": getattr(config, f"{side}_{kind}")
             for side in SIDES
             for kind in ("dialogues", "pairs", "prompts")
         }
         world.write(folder, config.seed, probe_characters=config.probe_characters, **sizes)
+        rows = [row for side in SIDES for row in read_jsonl(folder / f"dialogues_{side}.jsonl")]
     else:
-        sides, counts = _read(config, folder / "rejected.jsonl")
+        rows = _usable(config, rejected, folder / "rejected.jsonl")
+        train, heldout, between = split(rows, config.heldout, config.seed)
+        heldout = _without_leaks(train, heldout, rejected)
+        counts = {"rows_between_sides": len(between), "turns_without_reply_or_prompt": 0, "dialogues_cut": 0}
         made = {}
-        for name, rows in zip(SIDES, sides, strict=True):
-            pairs = preferences.other_persona_pairs(rows, getattr(config, f"{name}_pairs"), config.seed)
-            asked = preferences.prompts(rows, getattr(config, f"{name}_prompts"), config.seed)
-            for kind, values in zip(KINDS, (rows, pairs, asked), strict=True):
+        for side, chosen in zip(SIDES, (train, heldout), strict=True):
+            for kind, values in _files(chosen, side, config, counts).items():
                 if not values:
-                    raise DataError(f"{config.path}: too few dialogues for any {name} {kind}. Add dialogues.")
-                made[f"{kind}_{name}.jsonl"] = values
+                    raise DataError(f"{config.path}: too few dialogues for any {side} {kind}. Add dialogues.")
+                made[f"{kind}_{side}.jsonl"] = values
         _remove_old(folder)
         for file, values in made.items():
             write_jsonl(folder / file, values)
-    written = sorted(path for path in folder.glob("*.jsonl") if path.name != "rejected.jsonl")
+        write_jsonl(folder / "kept.jsonl", rows)
+        write_jsonl(folder / "rejected.jsonl", rejected)
+        whole = {entry_of: _reasons(rejected, entry_of) for entry_of in (True, False)}
+        counts |= {"rejected": whole[True], "removed": whole[False]}
+    pairs = [read_jsonl(folder / f"preferences_{side}.jsonl") for side in SIDES]
+    cheaters = audit.check_audit(pairs[0], config.seed, pairs[1], force=config.force_audit)
+    statistics = describe.describe(rows, rejected, _tokenize(config.model_name_or_path))
+    statistics["cheaters"] = {cheater.name: vars(cheater) for cheater in cheaters}
+    write_json(folder / "statistics.json", statistics)
+    describe.histograms(statistics, folder / "statistics.png")
+    written = sorted(path for path in folder.glob("*.jsonl") if path.name not in NOT_DATA)
     counts["rows"] = {path.name: path.read_bytes().count(b"\n") for path in written}
     counts["data_hash"] = folder_hash(folder)
     logger.info("%s", json.dumps(counts))
     return counts
 
 
-def _read(config: PrepareConfig, rejected_path: Path) -> tuple[tuple[list[Row], list[Row]], dict[str, Any]]:
-    """Training and held-out rows of a file, each at most `max_turns` long, and the counts of what was left out."""
-    reader = {"synthetic_persona_chat": sources.synthetic_persona_chat, "jsonl": sources.jsonl}[config.source]
-    rejected: list[Row] = []
-    rows: list[Row] = []
+def _usable(config: PrepareConfig, rejected: list[Row], rejected_path: Path) -> list[Row]:
+    """Dialogue rows that may be trained on; one made of a preference pair carries it as `pair`."""
+    rows = list(_limited(config, rejected))
+    file = config.dataset_name if config.source == "hub" else config.path
+    judged: list[Row] = []
+    for source, group in groupby(rows, key=lambda row: row["source"]):
+        if source == duplicates.EXEMPT_SOURCE:  # generated rows that come back through a file
+            judged += group
+            continue
+        standard = quality.STANDARDS[config.quality or quality.KIND_OF_SOURCE.get(source, "chat")]
+        judged += quality.mark_bad_replies(group, standard, str(file), rejected)
+    left, repeated = duplicates.drop_duplicates(judged)
+    unusable = sum(entry["dropped"] == "dialogue" for entry in rejected)
+    rejected += repeated
+    write_jsonl(rejected_path, rejected)
+    if not rows and not unusable:
+        raise DataError(f"{file}: there are no dialogues in it.")
+    dialogues = len({row["dialogue_id"] for row in judged})
+    if unusable > config.max_rejected_share * (dialogues + unusable):
+        raise DataError(
+            f"{file}: {unusable} of {dialogues + unusable} dialogues are unusable, more than `max_rejected_share` "
+            f"{config.max_rejected_share}: {_reasons(rejected, True)}. See {rejected_path} for each with its line."
+        )
+    return left
+
+
+def _limited(config: PrepareConfig, rejected: list[Row]) -> Iterator[Row]:
+    """The rows of the first `num_dialogues` dialogues of the source, pairs as the dialogue that they prefer."""
+    reader, names = READERS[config.source]
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     ids: set[str] = set()
     used = 0
-    for row in reader(str(config.path), rejected):
+    for row in reader(config.dataset_name if config.source == "hub" else config.path, rejected, **given):
         if len(ids) == config.num_dialogues and row["dialogue_id"] not in ids:
             del rejected[used:]  # of dialogues after the last one that is used
-            break
+            return
         ids.add(row["dialogue_id"])
-        rows.append(row)
         used = len(rejected)
-    write_jsonl(rejected_path, rejected)
-    reasons = {
-        whole: Counter(entry["reason"] for entry in rejected if (entry["dropped"] == "dialogue") == whole)
-        for whole in (True, False)
-    }
-    bad = reasons[True].total()
-    if not rows and not bad:
-        raise DataError(f"{config.path}: there are no dialogues in it.")
-    if bad > config.max_rejected_share * (len(ids) + bad):
-        raise DataError(
-            f"{config.path}: {bad} of {len(ids) + bad} dialogues are unusable, more than `max_rejected_share` "
-            f"{config.max_rejected_share}: {dict(reasons[True])}. See {rejected_path} for each with its line."
-        )
-    train, heldout, between = split(rows, config.heldout, config.seed)
-    counts = {
-        "dialogues": len(ids),
-        "rejected": dict(reasons[True]),
-        "removed": dict(reasons[False]),
-        "rows_between_sides": len(between),
-        "turns_without_reply_or_prompt": 0,
-        "dialogues_cut": 0,
-    }
-    return (_windows(train, config.max_turns, counts), _windows(heldout, config.max_turns, counts)), counts
+        if "chosen" in row:
+            shared = {key: row[key] for key in ("persona", "dialogue_id")}
+            yield {**shared, "messages": [*row["prompt"], *row["chosen"]], "source": "preference", "pair": row}
+        else:
+            yield row
+
+
+def _without_leaks(train: list[Row], heldout: list[Row], rejected: list[Row]) -> list[Row]:
+    """Held-out rows in which a reply that training nearly has (to nearly the same turn) is context only."""
+    units = [[(number, at, unit) for number, row in enumerate(rows) for at, unit in duplicates.units(row)
+              if row["source"] != duplicates.EXEMPT_SOURCE] for rows in (train, heldout)]  # fmt: skip
+    leaked: dict[int, set[int]] = {}
+    for _, place, _ in duplicates.leaks(*([unit for _, _, unit in side] for side in units)):
+        number, at, _ = units[1][place]
+        leaked.setdefault(number, set()).add(at)
+    left = []
+    for number, row in enumerate(heldout):
+        found = leaked.get(number, set())
+        own = {"dialogue_id": row["dialogue_id"], "reason": "near-duplicate of a training reply"}
+        if found and len(found) == len(duplicates.units(row)):
+            text = "\n".join(message["content"] for message in row["messages"])
+            rejected.append({**own, "dropped": "dialogue", "text": text})
+            continue
+        rejected += [{**own, "dropped": "reply", "text": row["messages"][at]["content"]} for at in sorted(found)]
+        left.append(duplicates.untrained(row, found))
+    return left
+
+
+def _files(rows: list[Row], side: str, config: PrepareConfig, counts: dict[str, Any]) -> dict[str, list[Row]]:
+    """The three kinds of rows of one side."""
+    whole = [row for row in rows if "pair" not in row]
+    pairs = [row["pair"] for row in rows if "pair" in row]
+    preferred = [{key: row[key] for key in row if key != "pair"} for row in rows if "pair" in row]
+    windows = [*_windows(whole, config.max_turns, counts), *preferred]
+    most = getattr(config, f"{side}_pairs")
+    if len(pairs) < most and whole:
+        made, coverage = preferences.persona_pairs(list(_windows(whole, config.max_turns, Counter())), most - len(pairs), config.seed)
+        counts[f"fact_coverage_{side}"] = coverage
+        pairs += made
+    prompts = preferences.prompts(windows, getattr(config, f"{side}_prompts"), config.seed)
+    return dict(zip(KINDS, (windows, pairs[:most], prompts), strict=True))
 
 
 def _windows(rows: Iterable[Row], max_turns: int, counts: dict[str, Any]) -> list[Row]:
-    """Rows that begin with the user and end with a reply, as most chat templates demand, at most `max_turns` long."""
+    """Rows that begin with the user and end with a trained reply, at most `max_turns` long.
+
+    Most chat templates demand the first; behind the last trained reply there is nothing to learn.
+    """
     windows = []
     for row in rows:
         messages = row["messages"]
@@ -176,15 +278,31 @@ def _windows(rows: Iterable[Row], max_turns: int, counts: dict[str, Any]) -> lis
         end = len(messages) - int(messages[-1]["role"] == "user")
         counts["turns_without_reply_or_prompt"] += len(messages) - (end - start)
         counts["dialogues_cut"] += end - start > max_turns
-        windows += [
-            {**row, "messages": messages[at : min(at + max_turns, end)]} for at in range(start, end, max_turns)
-        ]
+        for at in range(start, end, max_turns):
+            places = range(at, min(at + max_turns, end))
+            trained = [i for i in places if messages[i]["role"] == "assistant" and messages[i].get("train", True)]
+            if trained:
+                cut = {key: row[key][at : trained[-1] + 1] for key in ("messages", "candidates") if key in row}
+                windows.append({**row, **cut})
     return windows
+
+
+def _reasons(rejected: Iterable[Row], whole: bool) -> dict[str, int]:
+    """How often each reason took a whole dialogue, or else a part of one."""
+    return dict(Counter(entry["reason"] for entry in rejected if (entry["dropped"] == "dialogue") == whole))
+
+
+def _tokenize(model: str | None) -> Callable[[list[str]], list[list[int]]] | None:
+    if model is None:
+        return None
+    tokenizer = load_tokenizer(model)
+    return lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def _remove_old(folder: Path) -> None:
     """Take away what an earlier run made: its files would be read, and hashed, as this run's."""
-    for name in [*(f"{kind}_{side}.jsonl" for kind in KINDS for side in SIDES), "probes.jsonl"]:
+    data = [f"{kind}_{side}.jsonl" for kind in KINDS for side in SIDES]
+    for name in (*data, *NOT_DATA, "probes.jsonl", "statistics.json", "statistics.png"):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -195,6 +313,8 @@ def main(config: PrepareConfig) -> None:
             record.update(prepare(config))
         except DataError as error:
             raise RunError(str(error)) from error
+        statistics = json.loads((Path(config.output_dir) / "statistics.json").read_text())
+        Console(stderr=True).print(describe.table(statistics))
         record["result_hash"] = record["data_hash"]
 
 

@@ -158,11 +158,12 @@ def drop_duplicates(rows: Sequence[Row], threshold: float = THRESHOLD) -> tuple[
         for duplicate in found:
             text = row["messages"][duplicate["message"]]["content"]
             rejected.append(_entry(row, REPLY_REASON, "reply", text, [duplicate]))
-        left.append(_untrained(row, {duplicate["message"] for duplicate in found}) if found else row)
+        left.append(untrained(row, {duplicate["message"] for duplicate in found}) if found else row)
     return left, rejected
 
 
-def _untrained(row: Row, indices: set[int]) -> Row:
+def untrained(row: Row, indices: set[int]) -> Row:
+    """The row with these messages marked `train: False`."""
     messages = [
         {**message, "train": False} if at in indices else message for at, message in enumerate(row["messages"])
     ]

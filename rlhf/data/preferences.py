@@ -306,12 +306,12 @@ def prompts(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
 
 
 def _reply_turns(rows: Sequence[Row]) -> list[tuple[int, int]]:
-    """(row, message) of every reply that follows a user's turn."""
+    """(row, message) of every reply that follows a user's turn and may be trained on."""
     return [
         (index, turn)
         for index, row in enumerate(rows)
         for turn, message in enumerate(row["messages"])
-        if turn and message["role"] == "assistant"
+        if turn and message["role"] == "assistant" and message.get("train", True)
     ]
 
 
