@@ -1,5 +1,6 @@
 """The pre-flight list: what passes on good data, and each item failing on what it is there for."""
 
+import io
 import json
 import shutil
 
@@ -81,7 +82,7 @@ def test_what_is_only_unwise_does_not_stop_it(configs, caplog):
 
 
 def test_a_rollout_larger_than_the_training_is_no_training(configs, adapter):
-    found = failed(examine("ppo", configs("ppo", sft_adapter=adapter, total_episodes=8, num_mini_batches=4)))
+    found = failed(examine("ppo", configs("ppo", sft_adapter=adapter, total_episodes=8, num_mini_batches=5)))
     assert "nothing would be trained" in found["steps"]
 
 
@@ -131,7 +132,7 @@ def test_stretches_of_trained_tokens():
 
 
 def test_the_dialogue_is_shown_with_its_trained_tokens_marked(configs):
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console = Console(width=200, record=True, file=io.StringIO())
     assert show("sft", configs("sft"), console)
     text = console.export_text()
     assert "⟦i· have· a· dog· .·</s>·⟧" in text and "all 11 items passed" in text

@@ -161,3 +161,52 @@ def test_labels_are_swapped_for_a_random_share():
     assert swapped == swap_labels(rows, share=0.25, seed=1) != swap_labels(rows, share=0.25, seed=2)
     assert swap_labels(rows, share=0.0, seed=1) == rows
     assert all(row["chosen"] < 0 for row in swap_labels(rows, share=1.0, seed=1))
+
+
+# --- replies that are context only, and the share of rows that may be cut ---------------------------------------------
+
+
+def test_a_reply_that_is_context_only_is_not_trained(tokenizer):
+    untrained = {**HISTORY[1], "train": False}
+    reply = {"role": "assistant", "content": NO}
+    (row,) = sft_columns(
+        [{"persona": PERSONA, "messages": [HISTORY[0], untrained, HISTORY[2], reply]}], tokenizer, 512
+    )
+    (both,) = sft_columns([{"persona": PERSONA, "messages": [*HISTORY, reply]}], tokenizer, 512)
+    assert row["input_ids"] == both["input_ids"]
+    assert [label for label in row["labels"] if label != -100] == completion(tokenizer, NO)
+
+
+def test_turns_behind_the_last_trained_reply_are_left_out(tokenizer):
+    rows = [{"persona": PERSONA, "messages": [*HISTORY, {"role": "assistant", "content": NO, "train": False}]},
+            {"persona": PERSONA, "messages": HISTORY[:2]}]  # fmt: skip
+    first, second = sft_columns(rows, tokenizer, 512)
+    assert first == second
+
+
+def test_a_row_in_which_every_reply_is_context_is_refused(tokenizer):
+    rows = [{"messages": HISTORY[:2]}, {"messages": [HISTORY[0], {**HISTORY[1], "train": False}]}]
+    with pytest.raises(ValueError, match="row 2: `messages` has no reply of the assistant to train on"):
+        sft_columns(rows, tokenizer, 512)
+
+
+@pytest.mark.parametrize("key", ["chosen", "rejected"])
+def test_a_reply_that_is_context_only_is_neither_chosen_nor_rejected(tokenizer, key):
+    row = {**MESSAGE_ROW, key: [{"role": "assistant", "content": YES, "train": False}]}
+    with pytest.raises(ValueError, match=f"row 2: `{key}` is a reply with `train` false"):
+        preference_columns([MESSAGE_ROW, row], tokenizer, 512)
+
+
+def test_too_many_cut_rows_are_refused_with_the_lengths_that_would_do(tokenizer):
+    reply = {"role": "assistant", "content": NO}
+    row = {"persona": PERSONA, "messages": [*HISTORY, reply]}
+    longer = {"persona": PERSONA, "messages": [*HISTORY[:2], *HISTORY, reply]}
+    one, two = (len(sft_columns([each], tokenizer, 512)[0]["input_ids"]) for each in (row, longer))
+    rows = [row, row, row, longer]
+    assert len(sft_columns(rows, tokenizer, one, 0.25)) == 4  # one of four, as allowed
+    with pytest.raises(ValueError, match=rf"With `max_length` {two} the share is kept, with {two} nothing is cut"):
+        sft_columns(rows, tokenizer, one, 0.2)
+    with pytest.raises(
+        ValueError, match=rf"4 of 4 rows .*With `max_length` {one} the share is kept, with {two} nothing"
+    ):
+        sft_columns(rows, tokenizer, one - 1, 0.25)
