@@ -131,7 +131,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Write the files of the stage and count what they hold.
 
     Returns:
-        {"rows": {file: rows}, "data_hash"}; for real data also "rejected" ({reason: number}, whole dialogues), "removed"
+        {"rows": {file: rows}, "data_hash"}; for real data also "dialogues" (usable), "rejected" ({reason: number}, whole dialogues), "removed"
         ({reason: number}, parts of dialogues that were kept), "rows_between_sides" (left out by the split),
         "turns_without_reply_or_prompt" (at the ends of dialogues), "dialogues_cut" (rows longer than `max_turns`, made
         into several).
@@ -158,7 +158,12 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         rows = _usable(config, rejected, folder / "rejected.jsonl")
         train, heldout, between = split(rows, config.heldout, config.seed)
         heldout = _without_leaks(train, heldout, rejected)
-        counts = {"rows_between_sides": len(between), "turns_without_reply_or_prompt": 0, "dialogues_cut": 0}
+        counts = {
+            "dialogues": len({row["dialogue_id"] for row in rows}),
+            "rows_between_sides": len(between),
+            "turns_without_reply_or_prompt": 0,
+            "dialogues_cut": 0,
+        }
         made = {}
         for side, chosen in zip(SIDES, (train, heldout), strict=True):
             for kind, values in _files(chosen, side, config, counts).items():
@@ -170,8 +175,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             write_jsonl(folder / file, values)
         write_jsonl(folder / "kept.jsonl", rows)
         write_jsonl(folder / "rejected.jsonl", rejected)
-        whole = {entry_of: _reasons(rejected, entry_of) for entry_of in (True, False)}
-        counts |= {"rejected": whole[True], "removed": whole[False]}
+        counts |= {"rejected": _reasons(rejected, whole=True), "removed": _reasons(rejected, whole=False)}
     pairs = [read_jsonl(folder / f"preferences_{side}.jsonl") for side in SIDES]
     cheaters = audit.check_audit(pairs[0], config.seed, pairs[1], force=config.force_audit)
     statistics = describe.describe(rows, rejected, _tokenize(config.model_name_or_path))
@@ -199,11 +203,11 @@ def _usable(config: PrepareConfig, rejected: list[Row], rejected_path: Path) -> 
     left, repeated = duplicates.drop_duplicates(judged)
     unusable = sum(entry["dropped"] == "dialogue" for entry in rejected)
     rejected += repeated
-    write_jsonl(rejected_path, rejected)
     if not rows and not unusable:
         raise DataError(f"{file}: there are no dialogues in it.")
     dialogues = len({row["dialogue_id"] for row in judged})
     if unusable > config.max_rejected_share * (dialogues + unusable):
+        write_jsonl(rejected_path, rejected)
         raise DataError(
             f"{file}: {unusable} of {dialogues + unusable} dialogues are unusable, more than `max_rejected_share` "
             f"{config.max_rejected_share}: {_reasons(rejected, True)}. See {rejected_path} for each with its line."
@@ -232,11 +236,19 @@ def _limited(config: PrepareConfig, rejected: list[Row]) -> Iterator[Row]:
 
 def _without_leaks(train: list[Row], heldout: list[Row], rejected: list[Row]) -> list[Row]:
     """Held-out rows in which a reply that training nearly has (to nearly the same turn) is context only."""
-    units = [[(number, at, unit) for number, row in enumerate(rows) for at, unit in duplicates.units(row)
-              if row["source"] != duplicates.EXEMPT_SOURCE] for rows in (train, heldout)]  # fmt: skip
+
+    def placed(rows: list[Row]) -> list[tuple[int, int, duplicates.Unit]]:
+        return [
+            (number, at, unit)
+            for number, row in enumerate(rows)
+            if row["source"] != duplicates.EXEMPT_SOURCE
+            for at, unit in duplicates.units(row)
+        ]
+
+    ours = placed(heldout)
     leaked: dict[int, set[int]] = {}
-    for _, place, _ in duplicates.leaks(*([unit for _, _, unit in side] for side in units)):
-        number, at, _ = units[1][place]
+    for _, place, _ in duplicates.leaks([unit for _, _, unit in placed(train)], [unit for _, _, unit in ours]):
+        number, at, _ = ours[place]
         leaked.setdefault(number, set()).add(at)
     left = []
     for number, row in enumerate(heldout):
@@ -253,17 +265,15 @@ def _without_leaks(train: list[Row], heldout: list[Row], rejected: list[Row]) ->
 
 def _files(rows: list[Row], side: str, config: PrepareConfig, counts: dict[str, Any]) -> dict[str, list[Row]]:
     """The three kinds of rows of one side."""
-    whole = [row for row in rows if "pair" not in row]
     pairs = [row["pair"] for row in rows if "pair" in row]
     preferred = [{key: row[key] for key in row if key != "pair"} for row in rows if "pair" in row]
-    windows = [*_windows(whole, config.max_turns, counts), *preferred]
+    windows = _windows([row for row in rows if "pair" not in row], config.max_turns, counts)
     most = getattr(config, f"{side}_pairs")
-    if len(pairs) < most and whole:
-        made, coverage = preferences.persona_pairs(list(_windows(whole, config.max_turns, Counter())), most - len(pairs), config.seed)
-        counts[f"fact_coverage_{side}"] = coverage
+    if len(pairs) < most and windows:
+        made, counts[f"facts_{side}"] = preferences.persona_pairs(windows, most - len(pairs), config.seed)
         pairs += made
-    prompts = preferences.prompts(windows, getattr(config, f"{side}_prompts"), config.seed)
-    return dict(zip(KINDS, (windows, pairs[:most], prompts), strict=True))
+    prompts = preferences.prompts([*windows, *preferred], getattr(config, f"{side}_prompts"), config.seed)
+    return {"dialogues": [*windows, *preferred], "preferences": pairs[:most], "prompts": prompts}
 
 
 def _windows(rows: Iterable[Row], max_turns: int, counts: dict[str, Any]) -> list[Row]:

@@ -133,6 +133,13 @@ def test_a_duplicate_reply_stays_as_context():
     ]
 
 
+def test_another_answer_to_the_same_question_is_no_duplicate():
+    question = "what do you do for a living , if i may ask you that ?"
+    rows = [row(1, question, "i am a farmer ."), row(2, question, "i am a student .")]
+    assert len(near_duplicates([(question, "i am a farmer ."), (question, "i am a student .")])) == 1
+    assert drop_duplicates(rows) == (rows, [])
+
+
 def test_a_dialogue_of_duplicates_alone_is_dropped_with_the_reason():
     texts = ("any pets ?", "yes , a dog .", "do you ski ?", "never in my life .")
     left, rejected = drop_duplicates([row(1, *texts), row(2, *texts[2:], *texts[:2])])

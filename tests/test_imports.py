@@ -33,7 +33,13 @@ EVALUATION_MAY = {
     )
 }
 # Some distributions carry another name than the module they bring.
-MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn", "jinja2": "jinja2", "markupsafe": "markupsafe", "rouge-score": "rouge_score"}
+MODULES = {
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "jinja2": "jinja2",
+    "markupsafe": "markupsafe",
+    "rouge-score": "rouge_score",
+}
 
 
 def module_name(path: Path) -> str:

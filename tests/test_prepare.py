@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ def read(path: Path) -> list[dict]:
 
 
 def conversation(number: int, turns: int) -> tuple[str, str, str]:
-    lines = (f"User {1 + turn % 2}: dialogue {number} turn {turn} caf\u00e9" for turn in range(turns))
+    """Turns of random words, so that none is nearly another one."""
+    rng = random.Random(number)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(5 * turns)]
+    lines = (
+        f"User {1 + turn % 2}: dialogue {number} turn {turn} caf\u00e9 {' '.join(words[5 * turn : 5 * turn + 5])}"
+        for turn in range(turns)
+    )
     return f"I have cat {number}.", f"I have dog {number}.", "\n".join(lines)
 
 
@@ -47,13 +54,14 @@ def config(tmp_path: Path, data: str, **changes) -> PrepareConfig:
 def test_files_and_counts(tmp_path, data):
     counts = prepare(config(tmp_path, data, heldout=0.25))
     out = tmp_path / "out"
-    assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, "rejected.jsonl"])
+    beside = ["kept.jsonl", "rejected.jsonl", "statistics.json", "statistics.png"]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, *beside])
     assert counts["rows"] == {name: len(read(out / name)) for name in FILES}
     # 40 dialogues of 9 turns, of one 8 are left (begins with the user, ends with a reply): 2 windows of 4 turns each.
-    # 10 of the 40 are held out; a window has 2 replies.
+    # 10 of the 40 are held out; a window has 2 replies, each against another persona's, and 1 fact, asked once.
     assert counts["rows"] == {
         "dialogues_heldout.jsonl": 20, "dialogues_train.jsonl": 60,
-        "preferences_heldout.jsonl": 40, "preferences_train.jsonl": 120,
+        "preferences_heldout.jsonl": 40 + 20, "preferences_train.jsonl": 120 + 60,
         "prompts_heldout.jsonl": 40, "prompts_train.jsonl": 120,
     }  # fmt: skip
     left_out = {key: counts[key] for key in counts if key not in ("rows", "data_hash")}
@@ -64,6 +72,10 @@ def test_files_and_counts(tmp_path, data):
         "rows_between_sides": 0,
         "turns_without_reply_or_prompt": 40,
         "dialogues_cut": 40,
+        **{
+            f"facts_{side}": {"facts": number, "without_rule": 0, "without_swap": 0, "unusable_share": 0.0}
+            for side, number in (("train", 30), ("heldout", 10))
+        },
     }
     digest = hashlib.sha256()
     for name in FILES:
@@ -116,8 +128,9 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, data):
 
 def test_sizes_are_honoured(tmp_path, data):
     counts = prepare(
-        config(tmp_path, data, num_dialogues=12, train_pairs=5, heldout_pairs=4, train_prompts=3, heldout_prompts=2)
-    )
+        config(tmp_path, data, num_dialogues=12, train_pairs=5, heldout_pairs=4, train_prompts=3, heldout_prompts=2,
+               force_audit=True)
+    )  # fmt: skip
     assert counts["dialogues"] == 12
     rows = counts["rows"]
     assert [rows[f"preferences_{side}.jsonl"] for side in ("train", "heldout")] == [5, 4]
@@ -174,7 +187,7 @@ def test_a_file_without_dialogues_is_named(tmp_path):
 
 def test_a_failure_leaves_the_old_files(tmp_path, data):
     prepare(config(tmp_path, data))
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.suffix == ".jsonl"}
     with pytest.raises(DataError, match="leave rows on both sides"):
         prepare(config(tmp_path, data, heldout=1000))
     after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.suffix == ".jsonl"}

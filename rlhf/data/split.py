@@ -46,7 +46,7 @@ def split(rows: Sequence[RowT], heldout: float, seed: int) -> tuple[list[RowT], 
     Characters and dialogues make a graph. Characters are held out one after another along it, from a random start, so
     that a part of the data that hangs together stays together where it can. In Synthetic-Persona-Chat everything hangs
     together; there a dialogue between the two sides keeps its held-out row, and its other row, whose user turns would
-    be held-out replies, is left out.
+    be held-out replies, is left out. Where all rows are of one character, whole dialogues are held out.
 
     Args:
         rows: With `persona` (list of facts) and `dialogue_id`.
@@ -62,7 +62,11 @@ def split(rows: Sequence[RowT], heldout: float, seed: int) -> tuple[list[RowT], 
         raise DataError(f"`heldout` must leave rows on both sides of {len(rows)} rows, got {heldout}")
     indices: dict[int, list[int]] = defaultdict(list)
     met: dict[str, list[int]] = defaultdict(list)
-    for index, (character, row) in enumerate(zip(characters(rows), rows, strict=True)):
+    of = characters(rows)
+    if len(set(of)) == 1:
+        dialogues: dict[str, int] = {}
+        of = [dialogues.setdefault(row["dialogue_id"], len(dialogues)) for row in rows]
+    for index, (character, row) in enumerate(zip(of, rows, strict=True)):
         indices[character].append(index)
         met[row["dialogue_id"]].append(character)
     order = list(indices)
