@@ -24,7 +24,7 @@ from rich.console import Console
 
 from rlhf.data import audit, describe, duplicates, preferences, quality, sources, world
 from rlhf.data.sources import DataError, Row
-from rlhf.data.split import split
+from rlhf.data.split import characters, split
 from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
 from rlhf.model import load_tokenizer
 from rlhf.record import RunError, launch, stage
@@ -167,19 +167,24 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         made = {}
         for side, chosen in zip(SIDES, (train, heldout), strict=True):
             for kind, values in _files(chosen, side, config, counts).items():
-                if not values:
+                if values:
+                    made[f"{kind}_{side}.jsonl"] = values
+                elif kind == "preferences" and len(set(characters(rows))) == 1:
+                    logger.warning("One character has nobody to exchange replies with: there are no %s pairs.", side)
+                else:
                     raise DataError(f"{config.path}: too few dialogues for any {side} {kind}. Add dialogues.")
-                made[f"{kind}_{side}.jsonl"] = values
         _remove_old(folder)
         for file, values in made.items():
             write_jsonl(folder / file, values)
         write_jsonl(folder / "kept.jsonl", rows)
         write_jsonl(folder / "rejected.jsonl", rejected)
         counts |= {"rejected": _reasons(rejected, whole=True), "removed": _reasons(rejected, whole=False)}
-    pairs = [read_jsonl(folder / f"preferences_{side}.jsonl") for side in SIDES]
-    cheaters = audit.check_audit(pairs[0], config.seed, pairs[1], force=config.force_audit)
     statistics = describe.describe(rows, rejected, _tokenize(config.model_name_or_path))
-    statistics["cheaters"] = {cheater.name: vars(cheater) for cheater in cheaters}
+    pairs = [folder / f"preferences_{side}.jsonl" for side in SIDES]
+    if all(path.is_file() for path in pairs):
+        train_pairs, heldout_pairs = map(read_jsonl, pairs)
+        cheaters = audit.check_audit(train_pairs, config.seed, heldout_pairs, force=config.force_audit)
+        statistics["cheaters"] = {cheater.name: vars(cheater) for cheater in cheaters}
     write_json(folder / "statistics.json", statistics)
     describe.histograms(statistics, folder / "statistics.png")
     written = sorted(path for path in folder.glob("*.jsonl") if path.name not in NOT_DATA)
@@ -200,8 +205,9 @@ def _usable(config: PrepareConfig, rejected: list[Row], rejected_path: Path) -> 
             continue
         standard = quality.STANDARDS[config.quality or quality.KIND_OF_SOURCE.get(source, "chat")]
         judged += quality.mark_bad_replies(group, standard, str(file), rejected)
-    left, repeated = duplicates.drop_duplicates(judged)
     unusable = sum(entry["dropped"] == "dialogue" for entry in rejected)
+    reasons = _reasons(rejected, whole=True)
+    left, repeated = duplicates.drop_duplicates(judged)  # repeated is not unusable
     rejected += repeated
     if not rows and not unusable:
         raise DataError(f"{file}: there are no dialogues in it.")
@@ -210,7 +216,7 @@ def _usable(config: PrepareConfig, rejected: list[Row], rejected_path: Path) -> 
         write_jsonl(rejected_path, rejected)
         raise DataError(
             f"{file}: {unusable} of {dialogues + unusable} dialogues are unusable, more than `max_rejected_share` "
-            f"{config.max_rejected_share}: {_reasons(rejected, True)}. See {rejected_path} for each with its line."
+            f"{config.max_rejected_share}: {reasons}. See {rejected_path} for each with its line."
         )
     return left
 
@@ -292,7 +298,7 @@ def _windows(rows: Iterable[Row], max_turns: int, counts: dict[str, Any]) -> lis
             places = range(at, min(at + max_turns, end))
             trained = [i for i in places if messages[i]["role"] == "assistant" and messages[i].get("train", True)]
             if trained:
-                cut = {key: row[key][at : trained[-1] + 1] for key in ("messages", "candidates") if key in row}
+                cut: Row = {key: row[key][at : trained[-1] + 1] for key in ("messages", "candidates") if key in row}
                 windows.append({**row, **cut})
     return windows
 

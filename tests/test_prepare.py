@@ -239,6 +239,54 @@ def test_the_command_writes_a_record_and_names_errors_without_a_traceback(tmp_pa
     assert json.loads((out / "metadata.json").read_text())["status"] == "failed"
 
 
+def test_a_single_character_is_split_by_dialogue_and_has_no_pairs(tmp_path, caplog):
+    rng = random.Random(0)
+    rows = [
+        {"question": f"{''.join(rng.choices('abcdefgh', k=12))} ?", "answer": " ".join(rng.choices(["blue", "dog", "sea",
+         "nine", "tall", "oak", "river", "stone"], k=6)) + "."} for _ in range(20)
+    ]  # fmt: skip
+    path = tmp_path / "faq.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = prepare(
+        PrepareConfig(str(tmp_path / "out"), "question_answer", path=str(path), persona=["i know the sea ."])
+    )
+    assert set(counts["rows"]) == {name for name in FILES if "preferences" not in name}
+    # 20 % of 20 dialogues of one reply each
+    assert (counts["rows"]["dialogues_train.jsonl"], counts["rows"]["dialogues_heldout.jsonl"]) == (16, 4)
+    train, heldout = (read(tmp_path / "out" / f"dialogues_{side}.jsonl") for side in ("train", "heldout"))
+    assert not {row["dialogue_id"] for row in train} & {row["dialogue_id"] for row in heldout}
+    assert "there are no train pairs" in caplog.text
+    assert "cheaters" not in json.loads((tmp_path / "out" / "statistics.json").read_text())
+
+
+def test_a_leak_is_context_only_and_said(tmp_path):
+    """Pairs of dialogues share a long question, each with another short answer: no duplicates, but near enough to leak."""
+    rng = random.Random(1)
+
+    def text():
+        return " ".join("".join(rng.choices("abcdefghijk", k=6)) for _ in range(8))
+
+    questions = [text() for _ in range(12)]
+    rows = []
+    for number in range(24):
+        contents = [text(), text(), questions[number // 2], ("i ski .", "i sew .")[number % 2]]
+        roles = ("user", "assistant", "user", "assistant")
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        rows.append({"persona": [text()], "messages": messages, "dialogue_id": str(number), "source": "mine"})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = prepare(PrepareConfig(str(tmp_path / "out"), "jsonl", path=str(path), heldout=0.5, force_audit=True))
+    train, heldout = (
+        {int(row["dialogue_id"]): row for row in read(tmp_path / "out" / f"dialogues_{side}.jsonl")}
+        for side in ("train", "heldout")
+    )
+    across = [number for number in heldout if number ^ 1 in train]
+    assert across and counts["removed"] == {"near-duplicate of a training reply": len(across)}
+    # the leaked reply is the last one: nothing is left to learn from its exchange
+    assert all(len(heldout[number]["messages"]) == (2 if number in across else 4) for number in heldout)
+    assert all(len(row["messages"]) == 4 for row in train.values())
+
+
 @pytest.mark.skipif(not REAL.is_file(), reason="needs Synthetic-Persona-Chat's valid.csv in ../shared/data")
 def test_200_real_dialogues(tmp_path):
     counts = prepare(PrepareConfig(str(tmp_path / "out"), "synthetic_persona_chat", path=str(REAL), num_dialogues=200))
