@@ -96,7 +96,8 @@ def _chat(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(record["model_name_or_path"])
     model = load_base(ModelConfig(model_name_or_path=record["model_name_or_path"], dtype="auto"), tokenizer)
     model = with_adapter(model, folder, "default")
-    facts = arguments.fact or _some_persona(folder / record["parents"]["prepare"]["path"])
+    # An own card stands in prepare's record; its statements make the system message that was trained.
+    facts = arguments.fact or _own_or_some_persona(folder / record["parents"]["prepare"]["path"])
     persona = Persona(tuple(facts))
     print("persona: " + " ".join(persona.facts))
     print("(an empty line ends the chat)")
@@ -111,9 +112,15 @@ def _chat(arguments: argparse.Namespace) -> None:
         print(f"bot: {reply}")
 
 
-def _some_persona(dataset: Path) -> list[str]:
+def _own_or_some_persona(dataset: Path) -> list[str]:
+    """The character that the data were made for, or else a held-out one of the data."""
     from rlhf.data.columns import load_rows
+    from rlhf.persona import Persona
+    from rlhf.record import read_record
 
+    card = (read_record(dataset) or {}).get("persona")
+    if card is not None:
+        return list(Persona(card["facts"], card["name"], card["style"]).statements())
     return load_rows(dataset / "dialogues_heldout.jsonl", 1)[0]["persona"]
 
 

@@ -1,8 +1,8 @@
 """The persona of a chatbot, and its two forms: a system message, and the text of a prompt.
 
-Text form (one space on each side of a tag and of a bar; `[NAME] name` is optional)::
+Text form (one space on each side of a tag and of a bar; `[NAME] name` and `[STYLE] style` are optional)::
 
-    [NAME] name [PERSONA] fact | fact [DIALOGUE] turn [SEP] turn [RESPONSE]
+    [NAME] name [PERSONA] fact | fact [STYLE] style [DIALOGUE] turn [SEP] turn [RESPONSE]
 
 Any text may be a fact or a turn: a tag inside it, and a bar inside a fact, gets one backslash more than it had in
 front of it, and loses one again when it is parsed (the quoting of mboxrd). All other backslashes stand for themselves,
@@ -11,18 +11,19 @@ so `parse_prompt` and `render_prompt` are exact inverses, and text never becomes
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 Message = dict[str, Any]  # role, content, and `"train": False` where a reply is context only
 
-_TAG = r"\[(?:NAME|PERSONA|DIALOGUE|SEP|RESPONSE)\]"
+_TAG = r"\[(?:NAME|PERSONA|STYLE|DIALOGUE|SEP|RESPONSE)\]"
 _QUOTED_TAG = re.compile(rf"\\*{_TAG}")
 _QUOTED_TAG_OR_BAR = re.compile(rf"\\*(?:{_TAG}|\|)")
 _STRUCTURE = re.compile(rf"(?<!\\){_TAG}")
 _SEPARATING_BAR = re.compile(r"(?<!\\)\|")
 _FORM = "[PERSONA] fact | fact [DIALOGUE] turn [SEP] turn [RESPONSE]"
+_OPTIONAL = ("[NAME]", "[STYLE]")
 _ROLES = ("system", "user", "assistant")
 
 
@@ -32,10 +33,20 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Persona:
-    """Who the chatbot is. `facts` are sentences in the first person; raises PromptError when one is blank."""
+    """Who the chatbot is; raises PromptError for a field that is blank or of another type.
+
+    Attributes:
+        facts: sentences in the first person.
+        name: of the character.
+        style: how it speaks, in words: "short and dry".
+        examples: what a user says and how the character replies to it. They are for training: no prompt holds them,
+            so they count neither in a comparison nor in the text form.
+    """
 
     facts: tuple[str, ...]
     name: str | None = None
+    style: str | None = None
+    examples: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.facts, str) or not isinstance(self.facts, Sequence):
@@ -44,13 +55,27 @@ class Persona:
         for number, fact in enumerate(self.facts, 1):
             if not isinstance(fact, str) or not fact.strip():
                 raise PromptError(f"`facts`: fact {number} must be text that is not blank, got {fact!r}")
-        if self.name is not None and (not isinstance(self.name, str) or not self.name.strip()):
-            raise PromptError(f"`name` must be None or text that is not blank, got {self.name!r}")
+        for key, value in (("name", self.name), ("style", self.style)):
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                raise PromptError(f"`{key}` must be None or text that is not blank, got {value!r}")
+        for number, example in enumerate(self.examples, 1):
+            blank = [text for text in example if not isinstance(text, str) or not text.strip()]
+            if isinstance(example, str) or len(example) != 2 or blank:
+                raise PromptError(f"`examples`: example {number} must be a user's turn and the reply, got {example!r}")
+
+    def statements(self) -> tuple[str, ...]:
+        """All that a prompt says of the character, in the first person: the name, the facts, the style.
+
+        These are what a row of data carries as its `persona`: a list of sentences says the same to whatever reads it,
+        and `Persona(persona.statements())` has the system message of `persona`.
+        """
+        name = () if self.name is None else (f"my name is {self.name}.",)
+        style = () if self.style is None else (f"my style of speaking: {self.style}",)
+        return (*name, *self.facts, *style)
 
     def system_message(self) -> str:
-        """The facts, one a line; a name makes a first line of its own."""
-        name_line = () if self.name is None else (f"my name is {self.name}.",)
-        return "\n".join((*name_line, *self.facts))
+        """The statements, one a line."""
+        return "\n".join(self.statements())
 
 
 def _quote(text: str, pattern: re.Pattern[str]) -> str:
@@ -91,13 +116,15 @@ def parse_prompt(text: str) -> tuple[Persona, list[Message]]:
             fault = "is missing" if tag not in found else f"occurs {found.count(tag)} times"
             raise PromptError(f"{tag} {fault} in the prompt {text[:80]!r}; the form is {_FORM}")
     separators = found.count("[SEP]")
-    has_name = "[NAME]" in found
-    expected = ["[NAME]"] * has_name + ["[PERSONA]", "[DIALOGUE]"] + ["[SEP]"] * separators + ["[RESPONSE]"]
+    has_name, has_style = (tag in found for tag in _OPTIONAL)
+    expected = ["[NAME]"] * has_name + ["[PERSONA]"] + ["[STYLE]"] * has_style
+    expected += ["[DIALOGUE]"] + ["[SEP]"] * separators + ["[RESPONSE]"]
     for (tag, start, _), wanted in zip(tags, expected, strict=False):
         if tag != wanted:
             raise PromptError(f"{tag} at character {start} where {wanted} is expected; the form is {_FORM}")
     if len(found) != len(expected):
-        raise PromptError(f"[NAME] occurs {found.count('[NAME]')} times; the form is {_FORM}")
+        often = next(tag for tag in _OPTIONAL if found.count(tag) > 1)
+        raise PromptError(f"{often} occurs {found.count(often)} times; the form is {_FORM}")
     if tags[0][1] != 0:
         raise PromptError(f"text before {found[0]}: {text[: tags[0][1]][:40]!r}; the form is {_FORM}")
     if tags[-1][2] != len(text):
@@ -111,12 +138,13 @@ def parse_prompt(text: str) -> tuple[Persona, list[Message]]:
     fact_spans = zip([start, *(bar + 1 for bar in bars)], [*bars, end], strict=True)
     what = "the persona" if not bars else "fact {} of the persona"
     facts = [_field(text, *span, what.format(number)) for number, span in enumerate(fact_spans, 1)]
+    style = _unquote(_field(text, *spans.pop(0), "the style"), _QUOTED_TAG) if has_style else None
     turns = [_field(text, *span, f"turn {number} of the dialogue") for number, span in enumerate(spans, 1)]
     messages = [
         {"role": "user" if (len(turns) - index) % 2 else "assistant", "content": _unquote(turn, _QUOTED_TAG)}
         for index, turn in enumerate(turns)
     ]
-    return Persona(tuple(_unquote(fact, _QUOTED_TAG_OR_BAR) for fact in facts), name), messages
+    return Persona(tuple(_unquote(fact, _QUOTED_TAG_OR_BAR) for fact in facts), name, style), messages
 
 
 def render_prompt(persona: Persona, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -141,8 +169,9 @@ def render_prompt(persona: Persona, messages: Sequence[Mapping[str, Any]]) -> st
             raise PromptError(f"`messages`: message {index + 1} of {len(messages)} is blank")
     name = "" if persona.name is None else f"[NAME] {_quote(persona.name, _QUOTED_TAG)} "
     facts = " | ".join(_quote(fact, _QUOTED_TAG_OR_BAR) for fact in persona.facts)
+    style = "" if persona.style is None else f"[STYLE] {_quote(persona.style, _QUOTED_TAG)} "
     turns = " [SEP] ".join(_quote(message["content"], _QUOTED_TAG) for message in messages)
-    return f"{name}[PERSONA] {facts} [DIALOGUE] {turns} [RESPONSE]"
+    return f"{name}[PERSONA] {facts} {style}[DIALOGUE] {turns} [RESPONSE]"
 
 
 def _checked(messages: Any, field: str) -> list[Message]:
@@ -169,8 +198,8 @@ def _checked(messages: Any, field: str) -> list[Message]:
 def with_persona(row: Mapping[str, Any]) -> list[Message]:
     """The messages of a row, the persona's system message first (none when the row has no persona).
 
-    The row holds `prompt` or `messages`, and `persona` (a list of facts) or none; a `prompt` that is a string in the
-    text form carries its own persona. Raises PromptError when the row says two different things, or holds neither.
+    The row holds `prompt` or `messages`, and `persona` (a list of facts, or of a persona's [`Persona.statements`]) or
+    none; a `prompt` that is a string in the text form carries its own persona. Raises PromptError when the row says two different things, or holds neither.
     """
     if ("prompt" in row) == ("messages" in row):
         raise PromptError(f"a row needs either `prompt` or `messages`, got the columns {sorted(row)}")
@@ -179,7 +208,7 @@ def with_persona(row: Mapping[str, Any]) -> list[Message]:
     persona = Persona(() if facts is None else facts)
     if isinstance(row[field], str):
         parsed, messages = parse_prompt(row[field])
-        if persona.facts and persona.facts != parsed.facts:
+        if persona.facts and persona.facts not in (parsed.facts, parsed.statements()):
             raise PromptError(f"`persona` is {persona.facts} but the text of `{field}` says {parsed.facts}; keep one")
         persona = parsed
     else:

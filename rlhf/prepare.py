@@ -4,8 +4,8 @@
 
 One process, no GPU. Rows of a file go through reader, quality, near-duplicates, split and the search for leaks across it;
 what is left becomes the files {dialogues,preferences,prompts}_{train,heldout}.jsonl. Beside them stand kept.jsonl (the
-dialogues behind them), rejected.jsonl (what was left out, and why), statistics.json and statistics.png. The persona world
-is generated, not filtered, and has probes.jsonl too.
+dialogues, uncut), rejected.jsonl (what was left out, and why), statistics.json and statistics.png. The persona world is generated, not filtered; it and the data
+of a card have probes.jsonl too.
 
 Nothing is drawn but by the seed and every file is written whole, so a stage that was killed and runs again ends in the
 same bytes.
@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from rlhf.data import audit, describe, duplicates, preferences, quality, sources, world
+from rlhf.data import audit, card, describe, duplicates, preferences, quality, sources, world
 from rlhf.data.sources import DataError, Row
 from rlhf.data.split import characters, split
 from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
@@ -32,8 +32,10 @@ from rlhf.record import RunError, launch, stage
 logger = logging.getLogger(__name__)
 
 KINDS = ("dialogues", "preferences", "prompts")
+SIZED = ("dialogues", "pairs", "prompts")
 SIDES = ("train", "heldout")
 WORLD_ONLY = ("train_dialogues", "heldout_dialogues", "probe_characters")
+CARD_ONLY = ("card", "general", "heldout_facts")
 FILE_ONLY = (
     "path", "dataset_name", "persona", "character", "num_dialogues", "heldout", "max_turns", "max_rejected_share",
     "quality",
@@ -58,16 +60,20 @@ class PrepareConfig:
 
     Attributes:
         output_dir: folder of the stage.
-        source: "world" generates data; the others are the readers of `rlhf/data/sources.py`, one a format; "hub" reads a
-            dataset of the Hub by its columns, "jsonl" dialogue rows as they come out here.
+        source: "world" generates data; "card" makes the data of one character from its card and from general dialogues;
+            the others are the readers of `rlhf/data/sources.py`, one a format; "hub" reads a dataset of the Hub by its
+            columns, "jsonl" dialogue rows as they come out here.
         seed: of the split and of every draw.
         train_pairs: preference pairs for training; real data gives at most as many as it has replies.
         heldout_pairs: preference pairs held out.
         train_prompts: prompts for PPO.
         heldout_prompts: prompts held out.
-        train_dialogues: world only.
-        heldout_dialogues: world only.
+        train_dialogues: world and card only.
+        heldout_dialogues: world and card only.
         probe_characters: world only; characters that the probes ask about.
+        card: card only; the character's file.
+        general: card only; the source of the general dialogues, whose keys then hold.
+        heldout_facts: card only; facts that no training row asks for.
         path: the file to read; not for the world and the Hub.
         dataset_name: of a dataset on the Hub; for `source: hub`.
         persona: facts of the character, for formats that have none of their own.
@@ -85,7 +91,8 @@ class PrepareConfig:
 
     output_dir: str
     source: Literal[
-        "world", "synthetic_persona_chat", "convai2", "script", "question_answer", "messages", "preference", "hub", "jsonl"
+        "world", "card", "synthetic_persona_chat", "convai2", "script", "question_answer", "messages", "preference",
+        "hub", "jsonl",
     ] = "world"  # fmt: skip
     seed: int = field(default=42, metadata={"range": "[0, inf)"})
     train_pairs: int = field(default=6000, metadata={"range": "[1, inf)"})
@@ -95,6 +102,9 @@ class PrepareConfig:
     train_dialogues: int = field(default=3000, metadata={"range": "[1, inf)"})
     heldout_dialogues: int = field(default=200, metadata={"range": "[1, inf)"})
     probe_characters: int = field(default=100, metadata={"range": "[1, inf)"})
+    card: str | None = field(default=None, metadata={"path": True})
+    general: Literal["world", "synthetic_persona_chat", "convai2", "jsonl"] = "world"
+    heldout_facts: int = field(default=1, metadata={"range": "[0, inf)"})
     path: str | None = field(default=None, metadata={"path": True})
     dataset_name: str | None = None
     persona: list[str] | None = None
@@ -109,16 +119,23 @@ class PrepareConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
-        foreign = FILE_ONLY if self.source == "world" else WORLD_ONLY
+        read = self.general if self.source == "card" else self.source
+        foreign: tuple[str, ...] = FILE_ONLY if read == "world" else ()
+        if self.source == "card":
+            foreign += ("probe_characters",)
+        else:
+            foreign += CARD_ONLY + (WORLD_ONLY if self.source != "world" else ())
         changed = [f.name for f in fields(self) if f.name in foreign and getattr(self, f.name) != f.default]
         if changed:
             names = ", ".join(f"`{name}`" for name in changed)
             raise ValueError(
                 f"{names} {'has' if len(changed) == 1 else 'have'} no effect with `source` {self.source!r}; remove"
             )
-        needed = "dataset_name" if self.source == "hub" else "path"
-        if self.source != "world" and getattr(self, needed) is None:
-            raise ValueError(f"`{needed}` is None; `source` {self.source!r} needs to know what to read")
+        needed = "dataset_name" if read == "hub" else "path"
+        if read != "world" and getattr(self, needed) is None:
+            raise ValueError(f"`{needed}` is None; {read!r} needs to know what to read")
+        if self.source == "card" and self.card is None:
+            raise ValueError("`card` is None; `source` 'card' needs the character's file")
         if self.source == "script" and self.character is None:
             raise ValueError("`character` is None; `source` 'script' needs the speaker whose lines are the replies")
         if self.source in ("script", "question_answer") and not self.persona:
@@ -131,10 +148,10 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Write the files of the stage and count what they hold.
 
     Returns:
-        {"rows": {file: rows}, "data_hash"}; for real data also "dialogues" (usable), "rejected" ({reason: number}, whole dialogues), "removed"
-        ({reason: number}, parts of dialogues that were kept), "rows_between_sides" (left out by the split),
-        "turns_without_reply_or_prompt" (at the ends of dialogues), "dialogues_cut" (rows longer than `max_turns`, made
-        into several).
+        {"rows": {file: rows}, "data_hash"}; for real data also "dialogues" (usable), "rejected" ({reason: number},
+        whole dialogues), "removed" ({reason: number}, parts of dialogues that were kept), "rows_between_sides" (left out
+        by the split), "turns_without_reply_or_prompt" (at the ends of dialogues), "dialogues_cut" (rows longer than
+        `max_turns`, made into several); for a card what `rlhf.data.card.write` says.
 
     Raises:
         DataError: if the file cannot be read, more than `max_rejected_share` of its dialogues are unusable (after
@@ -145,41 +162,39 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     counts: dict[str, Any] = {}
     rejected: list[Row] = []
+    sizes = {f"{side}_{kind}": getattr(config, f"{side}_{kind}") for side in SIDES for kind in SIZED}
     if config.source == "world":
         _remove_old(folder)
-        sizes = {
-            f"{side}_{kind}": getattr(config, f"{side}_{kind}")
-            for side in SIDES
-            for kind in ("dialogues", "pairs", "prompts")
-        }
         world.write(folder, config.seed, probe_characters=config.probe_characters, **sizes)
-        rows = [row for side in SIDES for row in read_jsonl(folder / f"dialogues_{side}.jsonl")]
+    elif config.source == "card":
+        persona = card.read(str(config.card))
+        train, heldout, between = _sides(config, rejected, counts)
+        general = (_windows(train, config.max_turns, counts), _windows(heldout, config.max_turns, counts))
+        _remove_old(folder)
+        counts |= card.write(folder, persona, general, config.seed, heldout_facts=config.heldout_facts, **sizes)
     else:
-        rows = _usable(config, rejected, folder / "rejected.jsonl")
-        train, heldout, between = split(rows, config.heldout, config.seed)
-        heldout = _without_leaks(train, heldout, rejected)
-        counts = {
-            "dialogues": len({row["dialogue_id"] for row in rows}),
-            "rows_between_sides": len(between),
-            "turns_without_reply_or_prompt": 0,
-            "dialogues_cut": 0,
-        }
+        train, heldout, between = _sides(config, rejected, counts)
+        alone = len(set(characters([*train, *heldout]))) == 1
         made = {}
-        for side, chosen in zip(SIDES, (train, heldout), strict=True):
-            for kind, values in _files(chosen, side, config, counts).items():
+        for side, rows in zip(SIDES, (train, heldout), strict=True):
+            for kind, values in _files(rows, side, config, counts).items():
                 if values:
                     made[f"{kind}_{side}.jsonl"] = values
-                elif kind == "preferences" and len(set(characters(rows))) == 1:
+                elif kind == "preferences" and alone:
                     logger.warning("One character has nobody to exchange replies with: there are no %s pairs.", side)
                 else:
                     raise DataError(f"{config.path}: too few dialogues for any {side} {kind}. Add dialogues.")
         _remove_old(folder)
         for file, values in made.items():
             write_jsonl(folder / file, values)
-        write_jsonl(folder / "kept.jsonl", rows)
+    if config.source == "world":
+        kept = [row for side in SIDES for row in read_jsonl(folder / f"dialogues_{side}.jsonl")]
+    else:
+        kept = [{key: row[key] for key in row if key != "pair"} for row in (*train, *heldout, *between)]
+        write_jsonl(folder / "kept.jsonl", kept)
         write_jsonl(folder / "rejected.jsonl", rejected)
         counts |= {"rejected": _reasons(rejected, whole=True), "removed": _reasons(rejected, whole=False)}
-    statistics = describe.describe(rows, rejected, _tokenize(config.model_name_or_path))
+    statistics = describe.describe(kept, rejected, _tokenize(config.model_name_or_path))
     pairs = [folder / f"preferences_{side}.jsonl" for side in SIDES]
     if all(path.is_file() for path in pairs):
         train_pairs, heldout_pairs = map(read_jsonl, pairs)
@@ -194,10 +209,28 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     return counts
 
 
-def _usable(config: PrepareConfig, rejected: list[Row], rejected_path: Path) -> list[Row]:
+def _sides(config: PrepareConfig, rejected: list[Row], counts: dict[str, Any]) -> tuple[list[Row], ...]:
+    """Training rows, held-out rows and those that belong to neither, as far as they are fit to be trained on."""
+    if config.source == "card" and config.general == "world":
+        sizes = (config.train_dialogues, config.heldout_dialogues)
+        train, heldout = (
+            list(world.dialogues(size, config.seed, held_out, flawed=False))
+            for size, held_out in zip(sizes, (False, True), strict=True)
+        )
+        between: list[Row] = []
+    else:
+        rows = _usable(config, rejected)
+        train, heldout, between = split(rows, config.heldout, config.seed)
+        heldout = _without_leaks(train, heldout, rejected)
+    counts["dialogues"] = len({row["dialogue_id"] for row in (*train, *heldout, *between)})
+    counts |= {"rows_between_sides": len(between), "turns_without_reply_or_prompt": 0, "dialogues_cut": 0}
+    return train, heldout, between
+
+
+def _usable(config: PrepareConfig, rejected: list[Row]) -> list[Row]:
     """Dialogue rows that may be trained on; one made of a preference pair carries it as `pair`."""
     rows = list(_limited(config, rejected))
-    file = config.dataset_name if config.source == "hub" else config.path
+    file = config.dataset_name or config.path
     judged: list[Row] = []
     for source, group in groupby(rows, key=lambda row: row["source"]):
         if source == duplicates.EXEMPT_SOURCE:  # generated rows that come back through a file
@@ -213,6 +246,7 @@ def _usable(config: PrepareConfig, rejected: list[Row], rejected_path: Path) -> 
         raise DataError(f"{file}: there are no dialogues in it.")
     dialogues = len({row["dialogue_id"] for row in judged})
     if unusable > config.max_rejected_share * (dialogues + unusable):
+        rejected_path = Path(config.output_dir) / "rejected.jsonl"
         write_jsonl(rejected_path, rejected)
         raise DataError(
             f"{file}: {unusable} of {dialogues + unusable} dialogues are unusable, more than `max_rejected_share` "
@@ -223,11 +257,11 @@ def _usable(config: PrepareConfig, rejected: list[Row], rejected_path: Path) -> 
 
 def _limited(config: PrepareConfig, rejected: list[Row]) -> Iterator[Row]:
     """The rows of the first `num_dialogues` dialogues of the source, pairs as the dialogue that they prefer."""
-    reader, names = READERS[config.source]
+    reader, names = READERS[config.general if config.source == "card" else config.source]
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     ids: set[str] = set()
     used = 0
-    for row in reader(config.dataset_name if config.source == "hub" else config.path, rejected, **given):
+    for row in reader(config.dataset_name or config.path, rejected, **given):
         if len(ids) == config.num_dialogues and row["dialogue_id"] not in ids:
             del rejected[used:]  # of dialogues after the last one that is used
             return

@@ -16,6 +16,7 @@ PIECES = st.sampled_from(
         "[SEP]",
         "[RESPONSE]",
         "[NAME]",
+        "[STYLE]",
         "|",
         " | ",
         "\\",
@@ -36,17 +37,23 @@ def alternating(turns: list[str]) -> list[dict[str, str]]:
     return [{"role": role, "content": turn} for role, turn in zip(roles, reversed(turns), strict=False)][::-1]
 
 
-@given(st.lists(TEXT, min_size=1, max_size=4), st.none() | TEXT, st.lists(TEXT, min_size=1, max_size=5))
-@example(["\\[SEP]", "\\\\|"], None, ["ends in a backslash\\", "\\"])
-@example([" | "], "[NAME]", ["[RESPONSE]", " leading and trailing \n"])
-def test_parse_inverts_render(facts, name, turns):
-    persona, messages = Persona(tuple(facts), name), alternating(turns)
+@given(
+    st.lists(TEXT, min_size=1, max_size=4), st.none() | TEXT, st.none() | TEXT, st.lists(TEXT, min_size=1, max_size=5)
+)
+@example(["\\[SEP]", "\\\\|"], None, None, ["ends in a backslash\\", "\\"])
+@example([" | "], "[NAME]", "[STYLE] \\[DIALOGUE]", ["[RESPONSE]", " leading and trailing \n"])
+def test_parse_inverts_render(facts, name, style, turns):
+    persona, messages = Persona(tuple(facts), name, style), alternating(turns)
     assert parse_prompt(render_prompt(persona, messages)) == (persona, messages)
 
 
 @given(st.lists(st.one_of(PIECES, st.sampled_from([" [DIALOGUE] ", " [SEP] ", "hi"])), max_size=8).map("".join))
 def test_render_inverts_parse_for_every_accepted_prompt(middle):
-    for text in (f"[PERSONA] a [DIALOGUE] {middle} [RESPONSE]", f"[PERSONA] {middle} [DIALOGUE] a [RESPONSE]"):
+    for text in (
+        f"[PERSONA] a [DIALOGUE] {middle} [RESPONSE]",
+        f"[PERSONA] {middle} [DIALOGUE] a [RESPONSE]",
+        f"[PERSONA] a [STYLE] {middle} [DIALOGUE] a [RESPONSE]",
+    ):
         try:
             persona, messages = parse_prompt(text)
         except PromptError:
@@ -79,6 +86,33 @@ def test_a_name_comes_first():
     assert render_prompt(persona, messages) == text
 
 
+def test_a_style_stands_behind_the_facts():
+    text = "[NAME] Ada [PERSONA] i write programs . | i am [ill] [STYLE] short | dry [DIALOGUE] hi [RESPONSE]"
+    persona, messages = parse_prompt(text)
+    assert persona == Persona(("i write programs .", "i am [ill]"), "Ada", "short | dry")
+    assert persona.system_message() == (
+        "my name is Ada.\ni write programs .\ni am [ill]\nmy style of speaking: short | dry"
+    )
+    assert render_prompt(persona, messages) == text
+
+
+def test_a_row_with_statements_is_prompted_as_the_persona_itself():
+    """What prepare writes and what the evaluator and the chat ask with: one system message, byte for byte."""
+    persona = Persona(("i write programs .",), "Ada", "dry", (("hi", "hm ."),))
+    expected = [{"role": "system", "content": "my name is Ada.\ni write programs .\nmy style of speaking: dry"}, HI]
+    assert with_persona({"messages": [HI], "persona": list(persona.statements())}) == expected
+    text = render_prompt(persona, [HI])
+    assert with_persona({"prompt": text}) == expected
+    assert with_persona({"prompt": text, "persona": list(persona.statements())}) == expected
+    assert with_persona({"prompt": text, "persona": ["i write programs ."]}) == expected
+
+
+def test_examples_are_in_no_prompt():
+    persona = Persona(("i write programs .",), examples=(("how are you ?", "i compile ."),))
+    assert "compile" not in persona.system_message() + render_prompt(persona, [HI])
+    assert persona == Persona(("i write programs .",))
+
+
 def test_quoting_is_one_backslash():
     text = render_prompt(Persona(("a|b", "c\\d")), [{"role": "user", "content": "say [SEP] or \\[SEP]"}])
     assert text == r"[PERSONA] a\|b | c\d [DIALOGUE] say \[SEP] or \\[SEP] [RESPONSE]"
@@ -105,6 +139,10 @@ def test_quoting_is_one_backslash():
         ("[PERSONA] a [DIALOGUE] [RESPONSE]", "turn 1 of the dialogue is empty at character 22"),
         ("[PERSONA] a [DIALOGUE] b [SEP] [RESPONSE]", "turn 2 of the dialogue is empty at character 30"),
         ("[NAME] [PERSONA] a [DIALOGUE] b [RESPONSE]", "the name is empty at character 6"),
+        ("[PERSONA] a [STYLE] [DIALOGUE] b [RESPONSE]", "the style is empty at character 19"),
+        ("[STYLE] a [PERSONA] b [DIALOGUE] c [RESPONSE]", "[STYLE] at character 0 where [PERSONA] is expected"),
+        ("[PERSONA] a [STYLE] b [STYLE] c [DIALOGUE] d [RESPONSE]", "[STYLE] at character 22 where [DIALOGUE]"),
+        ("[PERSONA] a [DIALOGUE] b [RESPONSE] [STYLE]", "[DIALOGUE] at character 12 where [STYLE] is expected"),
         ("[PERSONA]a [DIALOGUE] b [RESPONSE]", "missing at character 9"),
         ("[PERSONA] a|b [DIALOGUE] c [RESPONSE]", "missing at character 11"),
         ("[PERSONA] a [DIALOGUE] b[RESPONSE]", "missing at character 24"),
@@ -132,9 +170,13 @@ def test_what_the_form_cannot_hold_is_refused(persona, messages, message):
         render_prompt(persona, [{"role": role, "content": content} for role, content in messages])
 
 
-@pytest.mark.parametrize("arguments", [("a fact",), (("a", " "),), ((1,),), (("a",), ""), (None,)])
+@pytest.mark.parametrize("arguments", [
+        ("a fact",), (("a", " "),), ((1,),), (("a",), ""), (None,), (("a",), None, " "), (("a",), None, 1),
+        (("a",), None, None, (("hi", " "),)), (("a",), None, None, ("hi",)),
+    ],
+)  # fmt: skip
 def test_a_persona_with_a_blank_or_wrong_field_is_refused(arguments):
-    with pytest.raises(PromptError, match="`facts`|`name`"):
+    with pytest.raises(PromptError, match="`facts`|`name`|`style`|`examples`"):
         Persona(*arguments)
 
 
