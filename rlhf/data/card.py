@@ -304,10 +304,12 @@ def asked_facts(persona: Persona, general: Sequence[Row]) -> tuple[list[Asked], 
             found.append(made)
     # Two facts that one question asks for: neither is its answer alone. Nor can they share a slot.
     often = Counter(fact.slot for fact in found)
-    same = {fact.sentence for fact in found if often[fact.slot] > 1}
-    alone = []
+    alone: list[Asked] = []
     for number, fact in enumerate(found, 1):
-        if fact.sentence in same:
+        if len(fact.foils) < 2:
+            left[fact.sentence] = "no two other values of its kind are known, in the tables or the general dialogues"
+            continue
+        if often[fact.slot] > 1:
             fact = replace(fact, slot=f"{fact.slot} ({number})", questions=())
         alone.append(fact)
     return alone, left
@@ -342,9 +344,7 @@ def _asked(sentence: str, values: Mapping[Any, list[str]], spoken: set[str]) -> 
     foils = [foil for foil in dict.fromkeys(foils) if not spoken & set(_WORD.findall(foil.lower()))]
     if topic and topic.name == "pet" and value.endswith("s") and value not in topic.values:
         foils = [f"{foil}s" for foil in foils]
-    if len(foils) < 2:
-        return "no two other values of its kind are known, in the tables or the general dialogues"
-    if value[0].isupper():
+    if value[:1].isupper():
         foils = [foil.title() for foil in foils]
     wordings = [(_decapitalised(said[:start]), said[end:])]
     if topic and topic.name in _SAME:
