@@ -5,6 +5,7 @@ python -m evaluation run --config recipes/<name>/evaluate.yaml
 
 import contextlib
 import logging
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -121,7 +122,8 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
             for metric in ("persona_consistency", "persona_consistency_sampled", "perplexity_token"):
                 if metric in results["metrics"]:
                     row = results["metrics"][metric]
-                    logger.info("%s %s %.3f [%.3f, %.3f]", name, metric, row["value"], row["ci_low"], row["ci_high"])
+                    bounds = [math.nan if row[key] is None else row[key] for key in ("ci_low", "ci_high")]
+                    logger.info("%s %s %.3f [%.3f, %.3f]", name, metric, row["value"], *bounds)
 
 
 def _probes(path: Path, args: EvaluateConfig) -> list[Row]:
@@ -184,7 +186,7 @@ def rule_reply(probe: Row, persona: Row) -> str:
     value = persona["persona_values"].get(probe["slot"])
     if value is None:
         return "i do not know ."
-    fact = next(fact for fact in persona["persona"] if value in fact.split())
+    fact = next(fact for fact in persona["persona"] if f" {value} " in f" {fact} ")
     if probe["kind"] == "direct":
         return fact
     suggested = probe["foil"] if probe["kind"] == "false_suggestion" else probe["value"]
@@ -273,8 +275,9 @@ def _add_kl(results: Row, model: Any, tokenizer: Any, rows: Sequence[Row], name:
     with use_adapter(model, args.reference_system):
         reference = reply_nll(model, ids, masks, args.batch_size)
     differences = np.array(reference) - np.array(own)
+    unit = "persona_id" if len({row["persona_id"] for row in sampled}) > 1 else "fact_id"
     interval = cluster_bootstrap(
-        differences, np.ones(len(differences)), [row["persona_id"] for row in sampled], seed=args.seed
+        differences, np.ones(len(differences)), [row[unit] for row in sampled], seed=args.seed
     )
     _add(results, "kl_reference", interval, len(differences))
 
@@ -282,7 +285,8 @@ def _add_kl(results: Row, model: Any, tokenizer: Any, rows: Sequence[Row], name:
 def _add(results: Row, name: str, interval: Any, n: int) -> None:
     value, low, high = interval
     results["metrics"][name] = {
-        "value": value, "ci_low": low, "ci_high": high, "n": n,
+        # One cluster gives no interval: null, since NaN is not JSON.
+        "value": value, "ci_low": None if math.isnan(low) else low, "ci_high": None if math.isnan(high) else high, "n": n,
         "unit": METRICS[name].unit, "higher_is_better": METRICS[name].higher_is_better,
     }  # fmt: skip
 
