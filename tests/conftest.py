@@ -234,7 +234,7 @@ def _rows(numbers: range) -> dict[str, list[dict]]:
         more = [_said("user", "what do you like ?"), _said("assistant", f"i like {food} .")][: 2 * (number % 2)]
         messages = [*row["prompt"], _said("assistant", reply), *more]
         shared = {key: row[key] for key in ("persona", "dialogue_id")}
-        dialogues.append({**shared, "messages": messages, "source": "test"})
+        dialogues.append({**shared, "messages": messages, "source": "world"})
         # Every third rejected reply is as long as the chosen one, the others are longer and shorter in turn.
         wrong = (reply.replace(row["value"], "cow"), "well , who can say what i have , not me .", "yes .")[
             number // 3 % 3

@@ -91,7 +91,11 @@ def test_plan_of_the_shipped_recipes(name, tiny, tmp_path):
 def test_a_base_that_is_trained_anew_is_the_base_of_all_stages(tmp_path):
     demo = ROOT / "recipes" / "demo"
     shipped, trained = (
-        {values_of(step.configs).get("model_name_or_path") for step in plan(demo, False, None, tmp_path, overrides)}
+        {
+            values_of(step.configs).get("model_name_or_path")
+            for step in plan(demo, False, None, tmp_path, overrides)
+            if step.stage != "prepare"  # it counts the tokens of the shipped one, which are the same
+        }
         for overrides in ({}, {"base.retrain": "true"})
     )
     assert {Path(base).resolve() for base in shipped - {None}} == {demo / "base"}
@@ -127,7 +131,7 @@ def test_problems_of_all_stages_before_the_first_starts(keys, problems, go, tmp_
 
 
 def test_no_recipe(tmp_path):
-    with pytest.raises(ConfigError, match="is no recipe.*demo, persona-chat"):
+    with pytest.raises(ConfigError, match="is no recipe.*demo, my-character, persona-chat"):
         rlhf.run(ROOT / "recipes" / "demmo", output_dir=tmp_path)
 
 

@@ -15,7 +15,7 @@ from rlhf.config import STAGES, load_yaml, values_of
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-SHARED = ("recipe", "tiny")
+SHARED = ("recipe", "tiny", "card")
 MODULES = {stage: f"rlhf.{stage}" for stage in STAGES} | {"base": "rlhf.pretrain", "evaluate": "evaluation"}
 
 
