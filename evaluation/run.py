@@ -17,11 +17,10 @@ import numpy as np
 from peft import PeftModel
 from trl import ModelConfig
 
-from evaluation import METRICS
 from evaluation.intervals import cluster_bootstrap
 from evaluation.perplexity import count_bytes, count_words, perplexity_intervals, reply_nll
 from evaluation.probes import persona_consistency, score_reply
-from evaluation.score import independent, score_rows
+from evaluation.score import independent, metric_row, score_rows
 from rlhf.chat import render, render_within
 from rlhf.files import read_jsonl, write_json, write_jsonl
 from rlhf.generate import generate
@@ -283,12 +282,7 @@ def _add_kl(results: Row, model: Any, tokenizer: Any, rows: Sequence[Row], name:
 
 
 def _add(results: Row, name: str, interval: Any, n: int) -> None:
-    value, low, high = interval
-    results["metrics"][name] = {
-        # One cluster gives no interval: null, since NaN is not JSON.
-        "value": value, "ci_low": None if math.isnan(low) else low, "ci_high": None if math.isnan(high) else high, "n": n,
-        "unit": METRICS[name].unit, "higher_is_better": METRICS[name].higher_is_better,
-    }  # fmt: skip
+    results["metrics"][name] = metric_row(name, interval, n)
 
 
 def _user(content: str) -> dict[str, str]:

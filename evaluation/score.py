@@ -125,6 +125,19 @@ def independent(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[Hashable]]
     return "reply", list(range(len(rows)))
 
 
+def metric_row(name: str, interval: Interval, n: int) -> Row:
+    """What `results.json` says of a metric of METRICS; a bound that is NaN (of one cluster) is null, as JSON lacks NaN."""
+    value, low, high = interval
+    return {
+        "value": value,
+        "ci_low": None if math.isnan(low) else low,
+        "ci_high": None if math.isnan(high) else high,
+        "n": n,
+        "unit": METRICS[name].unit,
+        "higher_is_better": METRICS[name].higher_is_better,
+    }
+
+
 def score_rows(
     rows: Sequence[Mapping[str, Any]],
     seed: int = 0,
@@ -154,15 +167,7 @@ def score_rows(
     not_scored: dict[str, str] = {}
 
     def add(name: str, interval: Interval, n: int) -> None:
-        value, low, high = interval
-        metrics[name] = {
-            "value": value,
-            "ci_low": None if math.isnan(low) else low,  # one cluster gives no interval, and NaN is not JSON
-            "ci_high": None if math.isnan(high) else high,
-            "n": n,
-            "unit": METRICS[name].unit,
-            "higher_is_better": METRICS[name].higher_is_better,
-        }
+        metrics[name] = metric_row(name, interval, n)
 
     def add_means(values: Mapping[str, list[float]], chosen: list[int]) -> None:
         owners = [clusters[i] for i in chosen]

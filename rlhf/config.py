@@ -222,7 +222,7 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError([f"`{path}`: no such file{_did_you_mean(path.name, there)}"]) from None
+        raise ConfigError([f"`{path}`: no such file{did_you_mean(path.name, there)}"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"`{path}`: cannot be read: {error}"]) from error
     lines: dict[str, int] = {}
@@ -433,7 +433,7 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> Any:
                 listed = ", ".join(map(str, choices))
                 if field.name == "trust_remote_code":
                     raise ValueError("must be false: code from a model repository is never run")
-                raise ValueError(f"must be one of {listed}{_did_you_mean(str(item), map(str, choices))}")
+                raise ValueError(f"must be one of {listed}{did_you_mean(str(item), map(str, choices))}")
     interval = field.metadata.get("range") or RANGES.get(field.name)
     is_number = isinstance(checked, int | float) and not isinstance(checked, bool)
     if interval and is_number and not _inside(checked, interval):
@@ -466,7 +466,7 @@ def _resolve(field: dataclasses.Field, value: str, folder: Path) -> str:
     return os.path.normpath(folder / Path(value).expanduser())
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean `{close[0]}`?" if close else ""
 
@@ -507,7 +507,7 @@ def parse(
     for key in [key for key in given if key not in known]:
         entry = given.pop(key)
         if RENAMED.get(key) not in known:
-            hint = _did_you_mean(key.replace("-", "_"), known)
+            hint = did_you_mean(key.replace("-", "_"), known)
         else:
             hint = f"; it is called `{RENAMED[key]}` here"
         if key in STAGES:

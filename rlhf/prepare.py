@@ -276,18 +276,10 @@ def _limited(config: PrepareConfig, rejected: list[Row]) -> Iterator[Row]:
 
 def _without_leaks(train: list[Row], heldout: list[Row], rejected: list[Row]) -> list[Row]:
     """Held-out rows in which a reply that training nearly has (to nearly the same turn) is context only."""
-
-    def placed(rows: list[Row]) -> list[tuple[int, int, duplicates.Unit]]:
-        return [
-            (number, at, unit)
-            for number, row in enumerate(rows)
-            if row["source"] != duplicates.EXEMPT_SOURCE
-            for at, unit in duplicates.units(row)
-        ]
-
-    ours = placed(heldout)
+    ours = duplicates.placed_units(heldout)
+    theirs = [unit for _, _, unit in duplicates.placed_units(train)]
     leaked: dict[int, set[int]] = {}
-    for _, place, _ in duplicates.leaks([unit for _, _, unit in placed(train)], [unit for _, _, unit in ours]):
+    for _, place, _ in duplicates.leaks(theirs, [unit for _, _, unit in ours]):
         number, at, _ = ours[place]
         leaked.setdefault(number, set()).add(at)
     left = []

@@ -10,6 +10,7 @@ import pytest
 from evaluation.probes import score_reply, why
 from rlhf.config import ConfigError
 from rlhf.data import world
+from rlhf.data.audit import check_audit
 from rlhf.data.card import asked_facts, read, small_talk, write
 from rlhf.data.sources import DataError
 from rlhf.files import read_jsonl
@@ -248,7 +249,7 @@ def test_replies_are_written_as_the_card_is(made):
 
 
 def test_pairs_come_with_their_counterparts_and_no_cheater_wins(made):
-    counts, rows = made
+    _, rows = made
     pairs = rows["preferences_train.jsonl"]
     for own, other in zip(pairs[::2], pairs[1::2], strict=True):
         assert own["persona"] == list(MIRA.statements()) and own["prompt"] == other["prompt"]
@@ -256,7 +257,8 @@ def test_pairs_come_with_their_counterparts_and_no_cheater_wins(made):
         assert len(changed) == 1
         if own["kind"] != "polarity":
             assert (own["chosen"], own["rejected"]) == (other["rejected"], other["chosen"])
-    assert {name: accuracy for name, (accuracy, _, _) in counts["audit"].items()} == dict.fromkeys(
+    cheaters = check_audit(pairs, 3, rows["preferences_heldout.jsonl"])
+    assert {cheater.name: cheater.accuracy for cheater in cheaters} == dict.fromkeys(
         ("longer_wins", "shorter_wins", "bag_of_words", "reply_prefix"), 0.5
     )
 

@@ -30,8 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import ConfigError, _did_you_mean, load_yaml
-from rlhf.data.audit import check_audit
+from rlhf.config import ConfigError, did_you_mean, load_yaml
 from rlhf.data.preferences import parse_fact, slot_values
 from rlhf.data.sources import DataError
 from rlhf.data.world import OPENERS, PROBE_TURNS, SLOT, SLOTS, SUGGESTION_FRAMES
@@ -87,7 +86,7 @@ def read(path: str | Path) -> Persona:
 
     for key in values:
         if key not in KEYS:
-            wrong(key, values[key], f"no such key{_did_you_mean(key, KEYS)}; a card has {', '.join(KEYS)}")
+            wrong(key, values[key], f"no such key{did_you_mean(key, KEYS)}; a card has {', '.join(KEYS)}")
     if "facts" not in values:
         problems.append(f"`facts` ({path}): is missing; a card needs the list of its facts")
     facts = [text(f"facts.{number}", fact) for number, fact in enumerate(items("facts"))]
@@ -101,7 +100,7 @@ def read(path: str | Path) -> Persona:
             examples.append((ANY_QUESTION, text(key, example)))
         elif set(example) != {"user", "assistant"}:
             odd = [name for name in example if name not in ("user", "assistant")]
-            hint = _did_you_mean(str(odd[0]), ("user", "assistant")) if odd else ""
+            hint = did_you_mean(str(odd[0]), ("user", "assistant")) if odd else ""
             wrong(key, dict(example), f"must have the keys user and assistant{hint}")
         else:
             examples.append((text(f"{key}.user", example["user"]), text(f"{key}.assistant", example["assistant"])))
@@ -609,10 +608,10 @@ def write(
 
     Returns:
         {"persona": the card, "facts": how each fact is used, "general_dialogues": {side: rows}, "small_talk":
-        {side: exchanges}, "audit": {cheater: [accuracy, low, high]}}.
+        {side: exchanges}}.
 
     Raises:
-        DataError: if the facts or the small talk of the general dialogues do not suffice, or a cheater is found.
+        DataError: if the facts or the small talk of the general dialogues do not suffice.
     """
     folder = Path(folder)
     facts, left = asked_facts(persona, general[0])
@@ -636,7 +635,6 @@ def write(
         "small_talk": {},
     }
     sizes = ((train_dialogues, train_pairs, train_prompts), (heldout_dialogues, heldout_pairs, heldout_prompts))
-    sides = {}
     for held_out, rows, (dialogues, pairs, prompts) in zip((False, True), general, sizes, strict=True):
         side = "heldout" if held_out else "train"
         talk = small_talk(rows, facts)
@@ -650,15 +648,12 @@ def write(
         others = rng.sample(list(rows), min(len(rows), round(GENERAL_SHARE * dialogues)))
         mixed = [*others, *cast.dialogues(dialogues - len(others), seed)]
         rng.shuffle(mixed)
-        sides[side] = list(cast.pairs(pairs, seed))
         write_jsonl(folder / f"dialogues_{side}.jsonl", mixed)
-        write_jsonl(folder / f"preferences_{side}.jsonl", sides[side])
+        write_jsonl(folder / f"preferences_{side}.jsonl", cast.pairs(pairs, seed))
         write_jsonl(folder / f"prompts_{side}.jsonl", cast.prompts(prompts, seed))
         counts["general_dialogues"][side], counts["small_talk"][side] = len(others), len(talk)
         if held_out:
             write_jsonl(folder / "probes.jsonl", cast.probes(seed, unseen))
-    cheaters = check_audit(sides["train"], seed, sides["heldout"])
-    counts["audit"] = {c.name: [round(x, 3) for x in (c.accuracy, c.low, c.high)] for c in cheaters}
     return counts
 
 

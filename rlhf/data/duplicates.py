@@ -113,6 +113,16 @@ def units(row: Row) -> list[tuple[int, Unit]]:
     ]
 
 
+def placed_units(rows: Sequence[Row]) -> list[tuple[int, int, Unit]]:
+    """(index of the row, of the message, unit) of every unit that is looked at: none of a generated world's."""
+    return [
+        (number, at, unit)
+        for number, row in enumerate(rows)
+        if row["source"] != EXEMPT_SOURCE
+        for at, unit in units(row)
+    ]
+
+
 def drop_duplicates(rows: Sequence[Row], threshold: float = THRESHOLD) -> tuple[list[Row], list[Row]]:
     """Dialogue rows whose near-duplicate replies are context only ("train": False), and what was rejected.
 
@@ -131,13 +141,7 @@ def drop_duplicates(rows: Sequence[Row], threshold: float = THRESHOLD) -> tuple[
     Raises:
         ValueError: if `threshold` is not between 0 and 1.
     """
-    # places[k] is (row, message) of unit k.
-    places = [
-        (number, at, unit)
-        for number, row in enumerate(rows)
-        if row["source"] != EXEMPT_SOURCE
-        for at, unit in units(row)
-    ]
+    places = placed_units(rows)
     duplicates: dict[int, list[Row]] = {}
     for kept, dropped, ratio in near_duplicates([unit for _, _, unit in places], threshold):
         number, at, unit = places[dropped]
