@@ -332,13 +332,19 @@ def _template(
         ) from error
 
 
-def _continuation_ids(tokenizer: PreTrainedTokenizerBase, before: str, piece: str) -> list[int]:
+def _continuation_ids(tokenizer: PreTrainedTokenizerBase, before: str, piece: str) -> Sequence[int]:
     """Ids of `piece` as it stands after `before`; SentencePiece tokenizers would else put a space in front of it."""
     if not piece:
-        return []
+        return ()
     anchor = tokenizer.eos_token if before.endswith(tokenizer.eos_token) else before[-1:]
-    anchor_ids = tokenizer(anchor, add_special_tokens=False)["input_ids"] if anchor else []
-    ids = tokenizer(anchor + piece, add_special_tokens=False)["input_ids"]
+    anchor_ids = _ids(tokenizer, anchor, len(tokenizer)) if anchor else ()
+    ids = _ids(tokenizer, anchor + piece, len(tokenizer))
     if ids[: len(anchor_ids)] == anchor_ids:
         return ids[len(anchor_ids) :]
-    return tokenizer(piece, add_special_tokens=False)["input_ids"]
+    return _ids(tokenizer, piece, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> tuple[int, ...]:
+    """Remembered, since personas, questions and tags come again and again; `size` changes when a token is added."""
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
