@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from rlhf.chat import Message, neutralise, render, render_within, stop_token_id
-from rlhf.config import values_of
+from rlhf.config import plan_of, values_of
 from rlhf.data.columns import length_remedy, load_rows, preference_columns, prompt_columns, sft_columns
 from rlhf.model import load_tokenizer, precision
 from rlhf.persona import with_persona
@@ -269,6 +269,12 @@ def show(stage: str, configs: Sequence[Any], console: Console | None = None) -> 
     for key in ("model_name_or_path", "dataset", "output_dir", "max_length"):
         head.add_row(Text(key, style="bold"), Text(str(values[key])))
     console.print(Panel(head, title=f"rlhf check: {stage}", title_align="left", border_style="cyan"))
+    if plan := plan_of(configs):
+        planned = Table.grid(padding=(0, 2))
+        for key, value, reason in plan.rows():
+            planned.add_row(Text(key, style="bold"), Text(value), Text(reason))
+        title = f"the plan for {plan.num_examples:,} examples"
+        console.print(Panel(planned, title=title, title_align="left", border_style="cyan"))
     if examination.example is not None and examination.tokenizer is not None:
         console.print(_shown_dialogue(stage, examination.example, examination.tokenizer))
     listed = Table(show_header=False, box=None, padding=(0, 1))

@@ -21,6 +21,7 @@ The rules:
   the current directory, as everything on the command line is. Where a hub id is possible too (`model_name_or_path`), a
   path begins with `./`, `../` or `/`.
 - Precision and device, where nobody names them, are what the machine can do (`rlhf.model.machine_defaults`).
+- With `plan_by_size: true` the keys of `rlhf.plan`, where nobody names them, are what the rows and the GPUs ask for.
 
 All problems are raised together in one `ConfigError`.
 """
@@ -44,6 +45,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter
 
 from rlhf.files import write_text
+from rlhf.plan import KEYS, Plan, plan_by_size
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +170,18 @@ class DataConfig:
     sample_steps: int = dataclasses.field(default=100, metadata={"range": "[1, inf)"})
     num_samples: int = dataclasses.field(default=4, metadata={"range": "[1, inf)"})
     max_truncated_share: float = dataclasses.field(default=0.05, metadata={"range": "[0, 1]"})
+
+
+@dataclasses.dataclass
+class PlanConfig:
+    """Where the size of the training comes from.
+
+    Attributes:
+        plan_by_size: fill the keys of `rlhf.plan` that neither file nor command line sets from the plan for the rows of
+            `dialogues_train.jsonl` (at most `max_train_rows`) and the GPUs that share a step.
+    """
+
+    plan_by_size: bool = False
 
 
 @dataclasses.dataclass
@@ -475,7 +489,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def parse(
-    config_classes: Sequence[type], argv: Sequence[str] | None = None, stage: str | None = None
+    config_classes: Sequence[type],
+    argv: Sequence[str] | None = None,
+    stage: str | None = None,
+    before_prepare: bool = False,
 ) -> tuple[Any, ...]:
     """Read `--config FILE` and `--key value` into one instance of each class, by the rules at the top of this module.
 
@@ -483,6 +500,8 @@ def parse(
         config_classes: dataclasses whose fields are the known keys.
         argv: the command line without the program; None takes the program's own.
         stage: the name under which a shared file may hold keys for this stage alone; None allows no such sections.
+        before_prepare: whether the stage's data are made only later. A plan by their size is then checked as far as it
+            can be, and its keys stay at their defaults.
 
     Raises:
         ConfigError: with every problem found.
@@ -526,6 +545,7 @@ def parse(
     if not unreadable:
         problems += _missing(fields, given)
     problems += _fill_machine(values, fields, given)
+    problems += _fill_plan(values, fields, given, before_prepare)
     if problems:
         raise ConfigError(problems, known if misnamed else ())
 
@@ -633,12 +653,8 @@ def _fill_machine(
     A base is loaded in what it is trained in: TRL's default for `dtype` is float32 on every machine.
     """
 
-    def fill(filled: Mapping[str, Any]) -> None:
-        for cls, own in fields.items():
-            values[cls].update({key: value for key, value in filled.items() if key in own and key not in given})
-
     if not any("use_cpu" in own or "bf16" in own for own in fields.values()):
-        fill({"dtype": "auto"})  # nothing is trained here, so `rlhf.model.load_base` chooses
+        _fill(values, fields, given, {"dtype": "auto"})  # nothing is trained here, so `rlhf.model.load_base` chooses
         return []
     machine = _machine_defaults()
     asked = {key: value for own in values.values() for key, value in own.items() if key in ("use_cpu", "bf16", "fp16")}
@@ -661,5 +677,77 @@ def _fill_machine(
         filled |= {"bf16": False, "fp16": False}
     precision = {**filled, **asked}
     filled["dtype"] = "float16" if precision["fp16"] else "bfloat16" if precision["bf16"] else "float32"
-    fill(filled)
+    _fill(values, fields, given, filled)
     return problems
+
+
+def _fill_plan(
+    values: dict[type, dict[str, Any]],
+    fields: Mapping[type, Mapping[str, dataclasses.Field]],
+    given: Mapping[str, _Given],
+    before_prepare: bool,
+) -> list[str]:
+    """Set the keys of the plan by size that nobody set; return a problem for each thing that stands against a plan."""
+    known = {key: value for own in values.values() for key, value in own.items()}
+    if not known.get("plan_by_size") or "dataset" not in known or all(key in given for key in KEYS):
+        return []
+    asked = given["plan_by_size"]
+    problems = []
+    num_examples = 1  # stands in for rows that are not there yet, so that the rest is checked all the same
+    if not before_prepare:
+        try:
+            num_examples = _num_train_rows(known)
+        except OSError as error:
+            recipe = "recipes/<name>" if asked.folder is None else os.path.relpath(asked.folder)
+            problems.append(
+                f"{error.filename}, whose rows it goes by: {error.strerror}; `rlhf run {recipe} --until prepare` makes it"
+            )
+    try:
+        plan = plan_by_size(num_examples, num_gpus(known), {key: known.get(key) for key in KEYS if key in given})
+    except ValueError as error:
+        problems.append(str(error))
+    else:
+        if not before_prepare:
+            _fill(values, fields, given, plan.settings())
+    return [f"`plan_by_size`: true ({asked.where}): {problem}" for problem in problems]
+
+
+def _fill(
+    values: dict[type, dict[str, Any]],
+    fields: Mapping[type, Mapping[str, dataclasses.Field]],
+    given: Mapping[str, _Given],
+    filled: Mapping[str, Any],
+) -> None:
+    for cls, own in fields.items():
+        values[cls].update({key: value for key, value in filled.items() if key in own and key not in given})
+
+
+def plan_of(configs: Iterable[Any]) -> Plan | None:
+    """The plan by size beside what these configurations really say, which may differ; None where none was asked for."""
+    values = values_of(configs)
+    if not values.get("plan_by_size"):
+        return None
+    return plan_by_size(_num_train_rows(values), num_gpus(values), {key: values[key] for key in KEYS})
+
+
+def _num_train_rows(values: Mapping[str, Any]) -> int:
+    with (Path(values["dataset"]) / "dialogues_train.jsonl").open("rb") as file:
+        rows = sum(1 for line in file if line.strip())
+    limit = values.get("max_train_rows")
+    return rows if limit is None else min(rows, limit)
+
+
+def num_gpus(values: Mapping[str, Any]) -> int:
+    """How many GPUs share an optimiser step, a process on a CPU counting as one.
+
+    So many as the launcher started processes, else all that are visible: `rlhf run` starts a process on each, and
+    without a launcher the Trainer splits its batches over them.
+    """
+    launched = os.environ.get("WORLD_SIZE")
+    if launched is not None:
+        return int(launched)
+    if values.get("use_cpu"):
+        return 1
+    import torch  # not at the top: reading a recipe needs no torch
+
+    return max(1, torch.cuda.device_count())

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 from evaluation.report import write_report
-from rlhf.config import STAGES, ConfigError, dumps, load_recipe, parse
+from rlhf.config import STAGES, ConfigError, dumps, load_recipe, num_gpus, parse, values_of
 from rlhf.files import folder_hash
 from rlhf.record import RunError, base_hash, read_record
 
@@ -90,6 +90,8 @@ def run_step(step: Step, say: Callable[[str], None] = print) -> None:
         RunError: if it cannot start or does not finish.
     """
     name = step.folder.name
+    # Again: a plan by size goes by rows that an earlier stage may have made since the steps were planned.
+    step = replace(step, configs=parse(config_classes(step.stage), step.argv, step.stage))
     reason, resume = _state(step)
     if reason is None:
         say(f"{name:9} done: {step.folder} is from these settings and inputs")
@@ -144,7 +146,7 @@ def plan(recipe: Path, tiny: bool, until: str | None, root: Path, overrides: Map
             )
             argv += [f"--{key}={text.removesuffix(chr(10)).removesuffix('...').strip()}"]
         try:
-            configs = parse(classes, argv, stage)
+            configs = parse(classes, argv, stage, before_prepare="prepare" in stages)
         except ConfigError as error:
             problems += [f"{stage}: {problem}" for problem in error.problems]
             continue
@@ -218,7 +220,7 @@ def _start(step: Step, resume: str | None) -> None:
         module = importlib.import_module(MODULES[step.stage])
         module.main(*parse(config_classes(step.stage), argv, step.stage))
         return
-    gpus = torch.cuda.device_count()
+    gpus = num_gpus(values_of(step.configs))
     script = Path(importlib.import_module(MODULES[step.stage]).__file__ or "")
     kind = ["--multi_gpu"] if gpus > 1 else []
     command = [sys.executable, "-m", "accelerate.commands.launch", *kind, "--num_processes", str(gpus)]

@@ -3,7 +3,9 @@
 accelerate launch --config_file accelerate_configs/two_t4.yaml rlhf/sft.py --config recipes/persona-chat/sft.yaml
 """
 
+import logging
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from rlhf.callbacks import watch
 from rlhf.check import preflight
-from rlhf.config import DataConfig
+from rlhf.config import DataConfig, PlanConfig, plan_of
 from rlhf.data.columns import load_rows, sft_columns
 from rlhf.files import folder_hash
 from rlhf.generate import generate
@@ -20,6 +22,8 @@ from rlhf.lora import lora_config, save_adapter, trainable_parameters
 from rlhf.model import load_base, load_tokenizer, trainable_to_fp32
 from rlhf.persona import with_persona
 from rlhf.record import check_world_size, launch, stage
+
+logger = logging.getLogger(__name__)
 
 
 class PersonaSFTTrainer(SFTTrainer):
@@ -41,18 +45,21 @@ class PersonaSFTTrainer(SFTTrainer):
         return loss, logits, labels
 
 
-def main(data_args: DataConfig, training_args: SFTConfig, model_args: ModelConfig) -> None:
+def main(data_args: DataConfig, plan_args: PlanConfig, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Train one adapter; everything it makes lies in `output_dir`."""
     check_world_size(training_args)
     with stage(
         "sft",
         training_args.output_dir,
-        (data_args, training_args, model_args),
+        (data_args, plan_args, training_args, model_args),
         seed=training_args.seed,
         log_level=training_args.log_level,
         parents={"prepare": data_args.dataset},
     ) as record:
-        preflight("sft", (data_args, training_args, model_args))
+        if plan := plan_of((data_args, plan_args, training_args, model_args)):
+            logger.info("The plan by size, for %d examples:\n%s", plan.num_examples, plan.table())
+            record["plan"] = asdict(plan)
+        preflight("sft", (data_args, plan_args, training_args, model_args))
 
         # Tokenizer and base
         tokenizer = load_tokenizer(model_args.model_name_or_path)
@@ -99,4 +106,4 @@ def main(data_args: DataConfig, training_args: SFTConfig, model_args: ModelConfi
 
 
 if __name__ == "__main__":
-    launch(main, (DataConfig, SFTConfig, ModelConfig), "sft")
+    launch(main, (DataConfig, PlanConfig, SFTConfig, ModelConfig), "sft")

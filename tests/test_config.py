@@ -9,11 +9,24 @@ from pathlib import Path
 from typing import Literal, get_type_hints
 
 import pytest
+import torch
 import yaml
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from rlhf import config
-from rlhf.config import ConfigError, DataConfig, defaults, load_recipe, load_yaml, merge, parse, save
+from rlhf.config import (
+    ConfigError,
+    DataConfig,
+    PlanConfig,
+    defaults,
+    load_recipe,
+    load_yaml,
+    merge,
+    parse,
+    plan_of,
+    save,
+    values_of,
+)
 from rlhf.model import machine_defaults
 from rlhf.ppo_trainer import PPOConfig
 
@@ -418,6 +431,151 @@ def test_the_launcher_s_file_does_not_decide_precision(monkeypatch):
     assert training.mixed_precision == "no"
     (training,) = parse((SFTConfig,), ["--output_dir", "runs/x", "--bf16", "true"])
     assert training.mixed_precision == "bf16"
+
+
+# --- the plan by size ------------------------------------------------------------------------------------------------
+
+SFT = (DataConfig, PlanConfig, SFTConfig, ModelConfig)
+# For 106 rows and one process, by the table of MISSION: the middle band, 8 rows a step, a tenth of the rows as warm-up.
+GOLDEN = {
+    "lora_r": 16, "lora_alpha": 32, "num_train_epochs": 5, "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 4, "max_length": 640, "warmup_steps": 10,
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Sized(Device):
+    """What the plan fills and the machine decides; SFTConfig would look for the other processes."""
+
+    lora_r: int = 1
+    lora_alpha: int = 1
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    max_length: int | None = 1
+    warmup_steps: float = 0
+
+
+@pytest.fixture
+def sized(tmp_path, monkeypatch):
+    """A recipe and its data of so many rows; gives the command line of its sft.yaml."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    write(tmp_path / "recipes" / "mine" / "recipe.yaml", "dataset: runs/mine/prepare\nseed: 3\n")
+
+    def make(rows, text=""):
+        if rows is not None:
+            write(tmp_path / "runs" / "mine" / "prepare" / "dialogues_train.jsonl", '{"messages": []}\n' * rows)
+        head = "extends: recipe.yaml\noutput_dir: runs/mine/sft\nplan_by_size: true\n"
+        write(tmp_path / "recipes" / "mine" / "sft.yaml", head + text)
+        return ["--config", "recipes/mine/sft.yaml"]
+
+    return make
+
+
+def resolved(configs):
+    values = values_of(configs)
+    return {key: values[key] for key in GOLDEN}
+
+
+def test_a_stage_gets_the_plan_for_its_rows(sized):
+    configs = parse(SFT, sized(106), "sft")
+    assert resolved(configs) == GOLDEN
+    plan = plan_of(configs)
+    assert plan.settings() == GOLDEN and (plan.num_examples, plan.num_gpus) == (106, 1)
+    assert not [reason for reason in plan.reasons.values() if "overridden" in reason]
+    # the last row without its line end, and blank lines, which the reader passes over
+    path = Path("runs/mine/prepare/dialogues_train.jsonl")
+    path.write_text("{}\n" * 105 + "\n  \n{}")
+    assert resolved(parse(SFT, sized(None), "sft")) == GOLDEN
+
+
+def test_the_plan_goes_by_the_rows_that_are_read(sized):
+    argv = sized(500)
+    assert resolved(parse(SFT, argv, "sft")) == {
+        "lora_r": 32, "lora_alpha": 64, "num_train_epochs": 3, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2, "max_length": 768, "warmup_steps": 50,
+    }  # fmt: skip
+    assert resolved(parse(SFT, [*argv, "--max_train_rows=106"], "sft")) == GOLDEN
+    assert resolved(parse(SFT, [*argv, "--max_train_rows=1000"], "sft"))["lora_r"] == 32
+
+
+def test_a_key_that_is_set_wins_over_the_plan(sized):
+    Path("recipes/mine/recipe.yaml").write_text("dataset: runs/mine/prepare\nlora_r: 64\n")
+    argv = sized(106, "num_train_epochs: 2\nwarmup_steps: 0.03\n")
+    configs = parse(SFT, [*argv, "--max_length", "900"], "sft")
+    changed = {"lora_r": 64, "num_train_epochs": 2, "warmup_steps": 0.03, "max_length": 900}
+    assert resolved(configs) == GOLDEN | changed
+    reasons = plan_of(configs).reasons
+    assert {key: reason for key, reason in reasons.items() if "overridden" in reason} == {
+        "lora_r": "overridden; the plan says 16", "num_train_epochs": "overridden; the plan says 5",
+        "max_length": "overridden; the plan says 640", "warmup_steps": "overridden; the plan says 10",
+    }  # fmt: skip
+
+
+def test_without_the_key_there_is_no_plan(sized):
+    configs = parse(SFT, [*sized(106), "--plan_by_size=false"], "sft")
+    assert plan_of(configs) is None
+    assert resolved(configs) == {
+        key: value for cls in SFT for key, value in defaults(cls).items() if key in GOLDEN
+    }  # fmt: skip
+
+
+def test_two_gpus_share_the_planned_batch(sized, monkeypatch):
+    """As the launcher says it to each process, and as `rlhf run` sees it before it starts them."""
+    monkeypatch.setattr(config, "_machine_defaults", lambda: T4)
+    argv, classes = sized(106), (DataConfig, PlanConfig, Sized)
+    Path("recipes/mine/sft.yaml").write_text("plan_by_size: true\ndataset: runs/mine/prepare\n")
+    two = GOLDEN | {"gradient_accumulation_steps": 2}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resolved(parse(classes, argv)) == two
+    assert resolved(parse(classes, [*argv, "--use_cpu=true"])) == two
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolved(parse(classes, argv)) == two
+    assert resolved(parse(classes, [*argv, "--use_cpu=true"])) == GOLDEN
+
+
+def test_three_gpus_are_named_with_all_other_problems(sized, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    found = problems(SFT, [*sized(106), "--lora_r=16.5", "--learning_rat=1"], "sft")
+    assert [problem.split("`")[1] for problem in found] == ["learning_rat", "lora_r", "plan_by_size"]
+    assert "(recipes/mine/sft.yaml:3): `num_gpus` 3 does not divide the effective batch of 8; use 1, 2, 4" in found[2]
+    # with the data yet to come, which are a problem of their own if nothing will make them
+    Path("runs/mine/prepare/dialogues_train.jsonl").unlink()
+    assert "`num_gpus` 3" in problems(SFT, sized(None), "sft", before_prepare=True)[0]
+    assert len(problems(SFT, sized(None), "sft")) == 2
+    by_hand = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 1\n"
+    sized(106)
+    Path("recipes/mine/sft.yaml").write_text("plan_by_size: true\ndataset: runs/mine/prepare\n" + by_hand)
+    configs = parse((DataConfig, PlanConfig, Sized), ["--config", "recipes/mine/sft.yaml"])
+    assert resolved(configs) == GOLDEN | {"gradient_accumulation_steps": 1}
+    assert plan_of(configs).effective_batch_size == 6
+
+
+def test_missing_data_name_the_command_that_makes_them(sized):
+    (problem,) = problems(SFT, sized(None), "sft")
+    assert problem.startswith("`plan_by_size`: true (recipes/mine/sft.yaml:3): ")
+    assert "runs/mine/prepare/dialogues_train.jsonl" in problem
+    assert "`rlhf run recipes/mine --until prepare`" in problem
+    assert "at least 1, got 0" in problems(SFT, sized(0), "sft")[0]
+
+
+def test_before_prepare_a_plan_is_not_asked_for_its_rows(sized):
+    argv = sized(None)
+    # the values are the classes' own, whatever rows an earlier run has left
+    assert resolved(parse(SFT, argv, "sft", before_prepare=True))["num_train_epochs"] == 3
+    assert resolved(parse(SFT, sized(9), "sft", before_prepare=True))["num_train_epochs"] == 3
+    assert resolved(parse(SFT, sized(9), "sft"))["num_train_epochs"] == 10
+
+
+def test_a_saved_plan_is_read_back_equal(sized, tmp_path):
+    configs = parse(SFT, sized(106), "sft")
+    save(configs, tmp_path / "config.yaml")
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert saved["plan_by_size"] is True and {key: saved[key] for key in GOLDEN} == GOLDEN
+    sized(9)  # what was resolved holds, even if the data have changed since
+    assert parse(SFT, ["--config", str(tmp_path / "config.yaml")]) == configs
 
 
 # --- merge, save, defaults -------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_a_base_that_is_trained_anew_is_the_base_of_all_stages(tmp_path):
 def test_overlay_and_overrides(recipe, tmp_path):
     def steps_of_sft(tiny, overrides):
         (step,) = [s for s in plan(recipe, tiny, None, tmp_path, overrides) if s.stage == "sft"]
-        return step.configs[1].max_steps
+        return values_of(step.configs)["max_steps"]
 
     assert steps_of_sft(False, {}) == 4
     assert steps_of_sft(True, {}) == 2
@@ -177,6 +177,26 @@ def test_data_made_anew(go, tmp_path):
     again = go(until="sft", **{"prepare.train_pairs": 2})
     assert again["prepare"].startswith("runs anew: its settings")
     assert again["sft"].startswith("runs anew: 'prepare' changed")
+
+
+def test_a_plan_by_size_goes_by_the_data_of_this_run(go, tmp_path):
+    run, keys = tmp_path / "run", {"sft.plan_by_size": True}
+
+    def warmup_steps():
+        return yaml.safe_load((run / "sft" / "config.yaml").read_text())["warmup_steps"]
+
+    go(until="sft", **keys)  # when it was planned, there were no data
+    rows = len(read_jsonl(run / "prepare" / "dialogues_train.jsonl"))
+    assert warmup_steps() == rows // 10 > 0
+    plan = read_record(run / "sft")["plan"]
+    assert (plan["num_examples"], plan["num_gpus"]) == (rows, 1)
+    assert plan["reasons"]["max_length"] == "overridden; the plan says 512"
+    log = (run / "sft" / "training.log").read_text()
+    assert f"The plan by size, for {rows} examples:\nlora_r                           4  overridden" in log
+    assert go(until="sft", **keys)["sft"].startswith("done")
+
+    said = go(until="sft", **keys, **{"prepare.num_dialogues": 10})
+    assert said["sft"].startswith("runs anew: its settings changed") and warmup_steps() == 0
 
 
 @pytest.mark.parametrize("status", ["failed", "running"])

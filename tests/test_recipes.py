@@ -12,6 +12,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 import rlhf.config
 import rlhf.record
 from rlhf.config import STAGES, load_yaml, values_of
+from rlhf.pipeline import config_classes
+from rlhf.plan import KEYS
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -43,7 +45,7 @@ def parse_with_script(monkeypatch):
     parse = rlhf.config.parse
 
     def spy(*args, **kwargs):
-        parsed.update(values_of(parse(*args, **kwargs)))
+        parsed.update(values_of(parse(*args, **kwargs, before_prepare=True)))  # there are no data here
         raise Parsed
 
     monkeypatch.setattr(rlhf.config, "parse", spy)
@@ -78,6 +80,22 @@ def test_recipe_is_parsed_by_its_script(path, parse_with_script):
 def test_recipe_is_parsed_with_its_overlay(paths, parse_with_script):
     values = parse_with_script(stage_of(paths[0]), *paths)
     assert values["output_dir"].startswith(f"runs/{paths[0].parent.name}/")
+
+
+def test_my_character_leaves_to_the_plan_what_its_rows_decide(tmp_path, monkeypatch):
+    """All but the epochs; laid over it, tiny.yaml has sizes of its own."""
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "runs" / "my-character" / "prepare" / "dialogues_train.jsonl"
+    data.parent.mkdir(parents=True)
+    data.write_text("{}\n" * 3000)
+
+    def sizes(*names):
+        configs = [word for name in names for word in ("--config", str(ROOT / "recipes" / "my-character" / name))]
+        values = values_of(rlhf.config.parse(config_classes("sft"), configs, "sft"))
+        return tuple(values[key] for key in KEYS)
+
+    assert sizes("sft.yaml") == (32, 64, 2, 4, 2, 768, 50)
+    assert sizes("sft.yaml", "tiny.yaml") == (16, 32, 2, 16, 1, 448, 0.03)
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem == "recipe"], ids=name_of)
