@@ -700,7 +700,7 @@ def _fill_plan(
         except OSError as error:
             recipe = "recipes/<name>" if asked.folder is None else os.path.relpath(asked.folder)
             problems.append(
-                f"{error.filename}, whose rows it goes by: {error.strerror}; `rlhf run {recipe} --until prepare` makes it"
+                f"{error.strerror}: {error.filename}, whose rows it goes by; `rlhf run {recipe} --until prepare` makes it"
             )
     try:
         plan = plan_by_size(num_examples, num_gpus(known), {key: known.get(key) for key in KEYS if key in given})

@@ -107,9 +107,9 @@ def plan_by_size(num_examples: int, num_gpus: int = 1, overrides: Mapping[str, A
     size = f"{num_examples} examples: {band}"
     share = f"{EFFECTIVE_BATCH} examples a step on {_gpus(num_gpus)}"
     planned = {
-        "lora_r": (rank, f"{size}; a larger adapter learns a small set by heart"),
+        "lora_r": (rank, f"{size}; the more examples, the larger an adapter they fill"),
         "lora_alpha": (2 * rank, f"twice the planned rank {rank}, so that the update's scale stays the same"),
-        "num_train_epochs": (epochs, f"{size}; fewer examples are seen more often"),
+        "num_train_epochs": (epochs, f"{size}; the fewer examples, the more often each is seen"),
         "per_device_train_batch_size": (batch, f"{share}; what a 16 GB GPU holds at this length"),
         "gradient_accumulation_steps": (per_gpu // batch, f"{share}, {batch} at a time"),
         "max_length": (length, f"{size}; tokens, longer examples are cut"),

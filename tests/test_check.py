@@ -142,7 +142,7 @@ def test_the_plan_is_shown_with_its_reasons(configs):
     console = Console(width=200, record=True, file=io.StringIO())
     show("sft", configs("sft", plan_by_size=True), console)
     lines = [line.strip("│ ").split(maxsplit=2) for line in console.export_text().splitlines()]
-    assert ["lora_r", "8", "24 examples: fewer than 100; a larger adapter learns a small set by heart"] in lines
+    assert ["lora_r", "8", "24 examples: fewer than 100; the more examples, the larger an adapter they fill"] in lines
     assert ["max_length", "256", "overridden; the plan says 512"] in lines
 
 
