@@ -6,7 +6,16 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from rlhf.chat import render
-from rlhf.generate import generate, generation_config, inference, left_pad, response_mask, sample_ids
+from rlhf.generate import (
+    RowSampling,
+    generate,
+    generate_several,
+    generation_config,
+    inference,
+    left_pad,
+    response_mask,
+    sample_ids,
+)
 from rlhf.model import load_tokenizer
 
 QUESTIONS = [
@@ -65,6 +74,51 @@ def test_greedy_replies_equal_a_loop_by_hand_in_any_batch(chatbot, batch_size):
     assert len(set(expected)) > 1
 
 
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_several_greedy_replies_equal_a_loop_by_hand(chatbot, batch_size):
+    """The prompt's keys and values, encoded once and repeated, are those of each reply's own forward pass."""
+    model, tokenizer = chatbot
+    several = generate_several(model, tokenizer, QUESTIONS, 3, 8, 0.0, batch_size=batch_size)
+    assert [[reply.text for reply in replies] for replies in several] == [
+        [greedy_by_hand(model, tokenizer, messages, 8)] * 3 for messages in QUESTIONS
+    ]
+
+
+def test_a_sampled_reply_depends_on_nothing_beside_it(chatbot):
+    model, tokenizer = chatbot
+    whole = generate_several(model, tokenizer, QUESTIONS, 4, 8, 1.0, seed=1)
+    assert generate_several(model, tokenizer, QUESTIONS, 4, 8, 1.0, seed=1, batch_size=1) == whole
+    assert generate_several(model, tokenizer, QUESTIONS[:2], 2, 8, 1.0, seed=1) == [row[:2] for row in whole[:2]]
+    assert generate(model, tokenizer, QUESTIONS, 8, 1.0, seed=1) == [replies[0].text for replies in whole]
+    assert len({reply.text for replies in whole for reply in replies}) == 16
+
+
+def test_a_prompt_is_encoded_once(chatbot, monkeypatch):
+    model, tokenizer = chatbot
+    forward, shapes = model.forward, []
+
+    def watched(*args, input_ids, **kwargs):
+        shapes.append(tuple(input_ids.shape))
+        return forward(*args, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", watched)
+    generate_several(model, tokenizer, QUESTIONS[:1], 3, 2, 1.0)
+    length = len(render(QUESTIONS[0], tokenizer, add_generation_prompt=True)["input_ids"])
+    assert shapes == [(1, length - 1), (3, 1), (3, 1)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_each_row_draws_from_the_softmax(temperature):
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -30.0])
+    draw = RowSampling(range(4000), temperature, torch.device("cpu"))
+    drawn = draw(torch.empty(0), logits.expand(4000, 5)).argmax(dim=-1)
+    found = drawn.bincount(minlength=5) / 4000
+    assert_close(found, (logits / temperature).softmax(-1), rtol=0, atol=0.04)  # five standard errors, as below
+    later = draw(torch.empty(0), logits.expand(4000, 5)).argmax(dim=-1)
+    both = ((drawn == 0) & (later == 0)).float().mean()
+    assert_close(both, (logits / temperature).softmax(-1)[0] ** 2, rtol=0, atol=0.04)  # the next token is another draw
+
+
 def test_a_reply_ends_before_its_stop_token(chatbot, monkeypatch):
     model, tokenizer = chatbot
     stop = tokenizer.eos_token_id
@@ -75,6 +129,8 @@ def test_a_reply_ends_before_its_stop_token(chatbot, monkeypatch):
     twice = "yes , i do . yes , i do ."
     assert replies == ["yes , i do .", "", twice, tokenizer.decode([*yes, *yes, yes[0]]).strip()]
     assert replies[3].startswith(twice)
+    several = generate_several(model, tokenizer, [QUESTIONS[1]] * 4, 1, 2 * len(yes) + 1, 0.0)
+    assert [reply.finished for (reply,) in several] == [True, True, True, False]
 
 
 def test_sampling_follows_the_seed_and_leaves_the_global_generator(chatbot):
