@@ -12,17 +12,17 @@ from rlhf.data.preferences import (
     SUGGESTIONS,
     Fact,
     contradiction_pairs,
-    export_for_review,
     fact_coverage,
     import_review,
     parse_fact,
     persona_pairs,
+    review_rows,
     slot_values,
     suggestion_pair,
     suggestion_pairs,
 )
 from rlhf.data.sources import synthetic_persona_chat
-from rlhf.files import read_jsonl
+from rlhf.files import read_jsonl, write_jsonl
 
 REAL = Path(__file__).parents[2] / "shared/data/synthetic_persona_chat/valid.csv"
 
@@ -278,70 +278,67 @@ def decided(path: Path, decide) -> list[dict]:
     return lines
 
 
+def given_out(path: Path, pairs: list[dict], seed: int = 0) -> list[dict]:
+    rows = review_rows(pairs, seed)
+    write_jsonl(path, rows)
+    return rows
+
+
 def test_review_is_blind_and_comes_back(tmp_path):
     pairs = suggestion_pairs(people(60), 60, 5)
     path = tmp_path / "review.jsonl"
-    export_for_review(pairs, path, seed=3)
-    lines = read_jsonl(path)
-    assert {frozenset(line) for line in lines} == {
+    given = given_out(path, pairs, seed=3)
+    assert {frozenset(row) for row in given} == {
         frozenset(("persona", "prompt", "dialogue_id", "reply_a", "reply_b", "decision"))
     }
     chosen = contents(pairs, "chosen")
-    first = sum(line["reply_a"] == good for line, good in zip(lines, chosen, strict=True))
+    first = sum(row["reply_a"] == good for row, good in zip(given, chosen, strict=True))
     assert 15 <= first <= 45  # 30 ± 4 standard deviations of 60 tosses
-    right = dict(zip((json.dumps(line) for line in lines), chosen, strict=True))
+    right = dict(zip((json.dumps(row) for row in given), chosen, strict=True))
     decided(path, lambda line: "a" if line["reply_a"] == right[json.dumps(line)] else "b")
     rejected: list[dict] = []
-    assert import_review(path, rejected) == [{**pair, "kind": "reviewed"} for pair in pairs]
+    assert import_review(path, given, rejected) == [{**pair, "kind": "reviewed"} for pair in pairs]
     assert rejected == []
-
-    export_for_review(pairs, tmp_path / "again.jsonl", seed=3)
-    assert read_jsonl(tmp_path / "again.jsonl") == lines
-    export_for_review(pairs, tmp_path / "other.jsonl", seed=4)
-    assert read_jsonl(tmp_path / "other.jsonl") != lines
+    assert review_rows(pairs, seed=3) == given != review_rows(pairs, seed=4)
 
 
 def test_the_person_may_disagree(tmp_path):
-    pairs = suggestion_pairs(people(60), 12, 5)
-    export_for_review(pairs, tmp_path / "review.jsonl")
-    lines = decided(tmp_path / "review.jsonl", lambda line: "b")
-    judged = import_review(tmp_path / "review.jsonl", [])
-    assert contents(judged, "chosen") == [line["reply_b"] for line in lines]
-    assert contents(judged, "rejected") == [line["reply_a"] for line in lines]
+    given = given_out(tmp_path / "review.jsonl", suggestion_pairs(people(60), 12, 5))
+    decided(tmp_path / "review.jsonl", lambda line: "b")
+    judged = import_review(tmp_path / "review.jsonl", given, [])
+    assert contents(judged, "chosen") == [row["reply_b"] for row in given]
+    assert contents(judged, "rejected") == [row["reply_a"] for row in given]
 
 
-def test_lines_without_a_decision_or_with_faults_are_rejected_with_reasons(tmp_path):
-    good = {
-        "persona": ["i have a dog ."], "prompt": [{"role": "user", "content": "hi"}], "dialogue_id": "1",
-        "reply_a": "x", "reply_b": "y", "decision": "a",
-    }  # fmt: skip
-    faulty = {
-        "undecided": {**good, "decision": "undecided"},
-        "undecided ": {**good, "decision": ""},
-        "`decision` must be one of a, b, undecided or empty, got 'A'": {**good, "decision": "A"},
-        "`decision` must be one of a, b, undecided or empty, got ['a']": {**good, "decision": ["a"]},
-        "`reply_b` is missing, no text or blank": {**good, "reply_b": " "},
-        "`dialogue_id` is missing, no text or blank": {key: good[key] for key in good if key != "dialogue_id"},
-        "`persona` is no list of facts": {**good, "persona": "i have a dog ."},
-        "`prompt` is no list of messages with role and content, or empty": {**good, "prompt": [{"role": "user"}]},
-        "not a JSON object": [1],
+def test_lines_without_a_decision_and_those_not_given_out_are_rejected_with_reasons(tmp_path):
+    def row(number: int) -> dict:
+        return {
+            "persona": ["i have a dog ."], "prompt": [{"role": "user", "content": "hi"}], "dialogue_id": str(number),
+            "reply_a": "x", "reply_b": "y", "decision": "",
+        }  # fmt: skip
+
+    given = [row(number) for number in range(8)]
+    fault = "`decision` must be one of a, b, undecided or empty, got"
+    strange = "not a row that was given out, or there twice"
+    lines = {
+        "undecided": {**row(1), "decision": "undecided"},
+        "undecided ": row(2),
+        f"{fault} 'A'": {**row(3), "decision": "A"},
+        f"{fault} ['a']": {**row(4), "decision": ["a"]},
+        f"{fault} None": {key: value for key, value in row(5).items() if key != "decision"},
+        strange: {**row(6), "decision": "a", "reply_a": "X"},  # mended by the person
+        f"{strange} ": {**row(0), "decision": "b"},  # the first line decided it
+        f"{strange}  ": [1],
     }
     path = tmp_path / "review.jsonl"
-    lines = [json.dumps(good), "", *map(json.dumps, faulty.values()), '{"persona": [', json.dumps(good)]
-    path.write_text("\n".join(lines) + "\n")
+    first = {**row(0), "decision": "a", "remark": "clear"}
+    texts = [json.dumps(first), "", *map(json.dumps, lines.values()), '{"persona": [']
+    path.write_text("\n".join(texts) + "\n")
     rejected: list[dict] = []
-    assert len(import_review(path, rejected)) == 2
-    reasons = [*(reason.strip() for reason in faulty), "not JSON: Expecting value at character 13"]
-    assert [entry["reason"] for entry in rejected] == reasons
-    assert [entry["line"] for entry in rejected] == list(range(3, 13))
-    assert rejected[0] == {
-        "file": str(path), "line": 3, "reason": "undecided", "dropped": "pair", "text": lines[2],
-    }  # fmt: skip
-
-
-def test_several_faults_of_a_line_are_named_together(tmp_path):
-    path = tmp_path / "review.jsonl"
-    path.write_text('{"decision": "c"}\n')
-    rejected: list[dict] = []
-    assert import_review(path, rejected) == []
-    assert [rejected[0]["reason"].count(f"`{key}`") for key in ("reply_a", "decision", "persona", "prompt")] == [1] * 4
+    (pair,) = import_review(path, given, rejected)
+    assert pair["dialogue_id"] == "0" and contents([pair], "chosen") == ["x"] and "remark" not in pair
+    reasons = [*(reason.strip() for reason in lines), "not JSON: Expecting value at character 13"]
+    assert [entry["reason"] for entry in rejected] == [*reasons, "missing from the file", "missing from the file"]
+    assert [entry["line"] for entry in rejected] == [*range(3, 12), None, None]
+    assert [json.loads(entry["text"])["dialogue_id"] for entry in rejected[-2:]] == ["6", "7"]
+    assert rejected[0] == {"file": str(path), "line": 3, "reason": "undecided", "dropped": "pair", "text": texts[2]}

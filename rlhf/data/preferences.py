@@ -20,13 +20,12 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf.data.split import characters
-from rlhf.files import write_jsonl
 
 Row = dict[str, Any]
 Slot = tuple[str, str, int]
@@ -399,76 +398,73 @@ def _as_usual(text: str) -> str:
 # -- judging by a person ---------------------------------------------------------------------------------------------
 
 
-def export_for_review(pairs: Iterable[Row], path: str | Path, seed: int = 0) -> None:
-    """A JSON-lines file for a person to judge: each pair's replies as `reply_a` and `reply_b` in random order.
+def review_rows(pairs: Iterable[Row], seed: int = 0) -> list[Row]:
+    """What a person is given to judge: each pair's replies as `reply_a` and `reply_b` in random order.
 
-    Nothing in it says which one the rules prefer. The judge writes "a", "b" or "undecided" as `decision`.
+    Nothing in a row says which one the rules prefer. The judge writes "a", "b" or "undecided" as `decision`.
     """
     rng = random.Random(f"review/{seed}")
-    lines = []
-    for row in pairs:
-        replies = [row["chosen"][0]["content"], row["rejected"][0]["content"]]
+    rows = []
+    for pair in pairs:
+        replies = [pair["chosen"][0]["content"], pair["rejected"][0]["content"]]
         rng.shuffle(replies)
-        lines.append(
-            {**{key: row[key] for key in ("persona", "prompt", "dialogue_id")},
+        rows.append(
+            {**{key: pair[key] for key in ("persona", "prompt", "dialogue_id")},
              "reply_a": replies[0], "reply_b": replies[1], "decision": ""}
         )  # fmt: skip
-    write_jsonl(path, lines)
+    return rows
 
 
-def import_review(path: str | Path, rejected: list[Row]) -> list[Row]:
-    """The pairs that a person decided, of kind `reviewed`; the other lines go to `rejected`.
+def import_review(path: str | Path, given: Sequence[Row], rejected: list[Row]) -> list[Row]:
+    """The pairs that a person decided, of kind `reviewed`, in the order of the file.
 
     Args:
-        path: A file of [`export_for_review`], with decisions.
-        rejected: Gets {"file", "line", "reason", "dropped", "text"} for each line without a decision or with faults.
+        path: The JSON-lines file of the rows `given` that came back, with decisions; further keys are let be.
+        given: What [`review_rows`] gave out.
+        rejected: Gets {"file", "line", "reason", "dropped", "text"} for each line without a decision or that is not one of
+            those given out, and for each of these that has no line.
 
     Raises:
         FileNotFoundError: if there is no such file.
     """
+    waiting: dict[str, list[Row]] = defaultdict(list)
+    for row in given:
+        waiting[_identity(row)].append(row)
     pairs = []
+
+    def reject(line: int | None, reason: str, text: str) -> None:
+        rejected.append({"file": str(path), "line": line, "reason": reason, "dropped": "pair", "text": text})
+
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            reason = "; ".join(_review_faults(row))
         except json.JSONDecodeError as error:
-            reason = f"not JSON: {error.msg} at character {error.pos}"
-        if not reason and row["decision"] not in ("a", "b"):
-            reason = "undecided"
-        if reason:
-            rejected.append({"file": str(path), "line": number, "reason": reason, "dropped": "pair", "text": line})
+            reject(number, f"not JSON: {error.msg} at character {error.pos}", line)
             continue
-        chosen, other = ("reply_a", "reply_b") if row["decision"] == "a" else ("reply_b", "reply_a")
+        if not isinstance(row, dict) or not waiting[_identity(row)]:
+            reject(number, "not a row that was given out, or there twice", line)
+            continue
+        waiting[_identity(row)].pop()
+        decision = row.get("decision")
+        if decision not in ("a", "b"):
+            known = decision in ("", *DECISIONS)
+            fault = f"`decision` must be one of {', '.join(DECISIONS)} or empty, got {decision!r}"
+            reject(number, "undecided" if known else fault, line)
+            continue
+        chosen, other = ("reply_a", "reply_b") if decision == "a" else ("reply_b", "reply_a")
         pairs.append(
             {**{key: row[key] for key in ("persona", "prompt", "dialogue_id")},
              "chosen": [{"role": "assistant", "content": row[chosen]}],
              "rejected": [{"role": "assistant", "content": row[other]}],
              "kind": "reviewed"}
         )  # fmt: skip
+    for row in (row for rows in waiting.values() for row in rows):
+        reject(None, "missing from the file", json.dumps(row))
     return pairs
 
 
-def _review_faults(row: Any) -> Iterator[str]:
-    if not isinstance(row, dict):
-        yield "not a JSON object"
-        return
-    for key in ("dialogue_id", "reply_a", "reply_b"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            yield f"`{key}` is missing, no text or blank"
-    if row.get("decision") not in ("", *DECISIONS):
-        yield f"`decision` must be one of {', '.join(DECISIONS)} or empty, got {row.get('decision')!r}"
-    persona, prompt = row.get("persona"), row.get("prompt")
-    if not isinstance(persona, list) or not all(isinstance(fact, str) and fact.strip() for fact in persona):
-        yield "`persona` is no list of facts"
-    if not isinstance(prompt, list) or not prompt or not all(_is_message(message) for message in prompt):
-        yield "`prompt` is no list of messages with role and content, or empty"
-
-
-def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and set(value) == {"role", "content"}
-        and all(isinstance(text, str) for text in value.values())
-    )
+def _identity(row: Row) -> str:
+    """A review row without what the person adds to it."""
+    return json.dumps([row.get(key) for key in ("persona", "prompt", "dialogue_id", "reply_a", "reply_b")])
