@@ -73,10 +73,10 @@ def load_runs(runs: list[Path]) -> tuple[list[System], list[Stage], list[str]]:
         prefix = f"{title} / " if len(runs) > 1 else ""
         records = (*run.glob("*/metadata.json"), *run.glob("*/metrics.jsonl"))
         for name in ordered(STAGES[:-1], (path.parent.name for path in records), STAGES[-1:]):
-            if name == "base" and not (run / name).is_dir():
-                continue  # a recipe on somebody's pretrained model has no such stage
+            if name in ("base", "pairs") and not (run / name).is_dir():
+                continue  # a recipe on somebody's pretrained model, or on the pairs of `prepare`, has no such stage
             metadata = _read_json(run, f"{name}/metadata.json", prefix, missing)
-            trains = name not in ("prepare", "evaluate") and "shipped" not in metadata
+            trains = name not in ("prepare", "pairs", "evaluate") and "shipped" not in metadata
             log = _read_lines(run, f"{name}/metrics.jsonl", prefix, missing) if trains else []
             if metadata or log:
                 stages.append(Stage(prefix + name, name, metadata, log))

@@ -118,7 +118,10 @@ def _own_or_some_persona(dataset: Path) -> list[str]:
     from rlhf.persona import Persona
     from rlhf.record import read_record
 
-    card = (read_record(dataset) or {}).get("persona")
+    record = read_record(dataset) or {}
+    if "prepare" in record.get("parents", {}):  # sampled pairs, which were made from the prompts of that stage
+        return _own_or_some_persona(dataset / record["parents"]["prepare"]["path"])
+    card = record.get("persona")
     if card is not None:
         return list(Persona(card["facts"], card["name"], card["style"]).statements())
     return load_rows(dataset / "dialogues_heldout.jsonl", 1)[0]["persona"]

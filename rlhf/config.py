@@ -49,7 +49,7 @@ from rlhf.plan import KEYS, Plan, plan_by_size
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("prepare", "base", "sft", "reward", "dpo", "ppo", "evaluate")
+STAGES = ("prepare", "base", "sft", "reward", "pairs", "dpo", "ppo", "evaluate")
 
 LORA_RANKS = (4, 6, 8, 16, 32, 64)
 

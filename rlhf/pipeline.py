@@ -28,6 +28,7 @@ MODULES = {
     "base": "rlhf.pretrain",
     "sft": "rlhf.sft",
     "reward": "rlhf.reward",
+    "pairs": "rlhf.pairs",
     "dpo": "rlhf.dpo",
     "ppo": "rlhf.ppo",
     "evaluate": "evaluation.run",
@@ -157,7 +158,15 @@ def plan(recipe: Path, tiny: bool, until: str | None, root: Path, overrides: Map
     problems += [f"`{name}` (--set): no stage of this recipe knows it" for name in overrides if name not in used]
     if problems:
         raise ConfigError(problems)
-    return steps[: stages.index(until) + 1] if until else steps
+    last = stages.index(until) if until else len(stages)
+    datasets = [values_of(step.configs).get("dataset") for step in steps]
+    read = {Path(dataset) for dataset in datasets if dataset}
+    # Pairs are sampled where they are asked for, or a stage trains on them.
+    return [
+        step
+        for step in steps
+        if stages.index(step.stage) <= last and (step.stage != "pairs" or until == "pairs" or step.folder in read)
+    ]
 
 
 def config_classes(stage: str) -> tuple[type, ...]:
@@ -216,7 +225,7 @@ def _set_aside(folder: Path) -> str:
 
 def _start(step: Step, resume: str | None) -> None:
     argv = [*step.argv, *([f"--resume_from_checkpoint={resume}"] if resume else [])]
-    if not torch.cuda.is_available() or step.stage in ("prepare", "base", "evaluate"):
+    if not torch.cuda.is_available() or step.stage in ("prepare", "base", "pairs", "evaluate"):
         module = importlib.import_module(MODULES[step.stage])
         module.main(*parse(config_classes(step.stage), argv, step.stage))
         return

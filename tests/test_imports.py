@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rlhf", "evaluation")
-SCRIPTS = {"rlhf.sft", "rlhf.reward", "rlhf.dpo", "rlhf.ppo"}
+SCRIPTS = {"rlhf.sft", "rlhf.reward", "rlhf.pairs", "rlhf.dpo", "rlhf.ppo"}
 LEAVES = {"rlhf.persona", "rlhf.ppo_math", "rlhf.token_logprobs", "rlhf.prefix_tree"}
 EVALUATION_MAY = {
     f"rlhf.{name}"

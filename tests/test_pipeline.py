@@ -88,6 +88,18 @@ def test_plan_of_the_shipped_recipes(name, tiny, tmp_path):
     assert [step.stage for step in plan(ROOT / "recipes" / name, tiny, "sft", tmp_path, {})][-1] == "sft"
 
 
+def test_pairs_are_sampled_where_they_are_asked_for_or_read(tmp_path):
+    def stages(until, **overrides):
+        steps = plan(ROOT / "recipes" / "demo", False, until, tmp_path / "run", overrides)
+        return [step.stage for step in steps if step.stage not in ("prepare", "base")]
+
+    dpo = {"dpo.dataset": str(tmp_path / "run" / "pairs")}
+    assert stages(None) == ["sft", "reward", "dpo", "ppo", "evaluate"]
+    assert stages("pairs") == ["sft", "reward", "pairs"]
+    assert stages("dpo", **dpo) == ["sft", "reward", "pairs", "dpo"]
+    assert stages("reward", **dpo) == ["sft", "reward"]
+
+
 def test_a_base_that_is_trained_anew_is_the_base_of_all_stages(tmp_path):
     demo = ROOT / "recipes" / "demo"
     shipped, trained = (
