@@ -145,10 +145,11 @@ def generate_several(
     seed: int = 0,
     batch_size: int = 64,
     max_length: int = 1024,
+    first: int = 0,
 ) -> list[list[Reply]]:
     """Reply to each conversation several times; its prompt is encoded once.
 
-    A sampled reply depends on the seed, the place of its conversation and its own number, not on `batch_size` or on the
+    A sampled reply depends on the seed, the number of its conversation and its own number, not on `batch_size` or on the
     other conversations (as far as padding leaves the logits alone, which it does up to rounding).
 
     Args:
@@ -161,6 +162,7 @@ def generate_several(
         seed: Of the sampling. The global generator is not used.
         batch_size: Replies decoded together, those to prompts of like length.
         max_length: Longest prompt; older turns are dropped, as in training.
+        first: Number of the first conversation, where these are a part of a longer list.
 
     Returns:
         The replies to each conversation, in their order, as [`rlhf.chat.reply_text`] reads them.
@@ -180,7 +182,7 @@ def generate_several(
             input_ids, mask = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
             more: dict[str, Any] = {}
             if temperature > 0:
-                seeds = [_seed(seed, index, number) for index in batch for number in range(num_generations)]
+                seeds = [_seed(seed, first + index, number) for index in batch for number in range(num_generations)]
                 more["logits_processor"] = LogitsProcessorList([RowSampling(seeds, temperature, model.device)])
             if num_generations > 1:
                 more["past_key_values"] = _encode(model, input_ids, mask, num_generations)

@@ -4,9 +4,9 @@
 
 One process. The prompts are those of the stage `prepare`; the replies are scored by a reward function or a reward adapter,
 or compared by a person, who fills the files review_{train,heldout}.jsonl between two calls of the same command. It writes
-preferences_{train,heldout}.jsonl, which the stages `reward` and `dpo` read where `dataset` names this folder, and
-rejected.jsonl with what gave no pair, and why. Beside them stands replies_{train,heldout}.jsonl: all replies, with their
-scores. Another judge, or a second start after the first was killed, finds them there and samples nothing anew.
+preferences_{train,heldout}.jsonl, which the stage `dpo` reads where its `dataset` names this folder, and rejected.jsonl
+with what gave no pair, and why. Beside them stands replies_{train,heldout}.jsonl: all replies, with their
+scores. Another judge finds them there and samples nothing anew; a stage that was killed goes on where it was.
 """
 
 import inspect
@@ -44,6 +44,7 @@ Judge = Callable[[Sequence[Row]], list[float]]
 
 SIDES = ("train", "heldout")
 PERSON = "person"
+PART = 512  # prompts: what a stage that is killed loses at most
 
 
 @dataclass
@@ -109,16 +110,20 @@ def main(config: PairsConfig, model_args: ModelConfig) -> None:
             (folder / name).unlink(missing_ok=True)  # of an earlier judge
 
         # Replies
-        sampling = _sampling(config, model_args, record)
-        rows = _sampled_before(folder, sampling)
-        if rows is None or config.reward_adapter:
+        prompts = {
+            side: load_rows(Path(config.dataset) / f"prompts_{side}.jsonl", getattr(config, f"{side}_prompts"))
+            for side in SIDES
+        }
+        _begin(folder, _sampling(config, model_args, record))
+        rows = {side: _read(folder, side) for side in SIDES}
+        missing = any(len(rows[side]) < len(prompts[side]) for side in SIDES)
+        if missing or config.reward_adapter:
             tokenizer, model = _load(config, model_args)
-        if rows is None:
-            _refuse_foreign_reviews(folder)
-            (folder / "sampling.json").unlink(missing_ok=True)
-            rows = {side: _sample(side, config, tokenizer, model) for side in SIDES}
-            _write_replies(folder, rows)
-            write_json(folder / "sampling.json", sampling)
+        if missing:
+            for side in SIDES:
+                _sample(folder, side, prompts[side], rows[side], config, tokenizer, model)
+        else:
+            logger.info("The replies in %s are from these settings; nothing is sampled.", folder)
 
         # Judging
         left_out: dict[str, list[Row]] = {side: [] for side in SIDES}
@@ -128,7 +133,7 @@ def main(config: PairsConfig, model_args: ModelConfig) -> None:
             judge = _asking(function, config) if function else _scoring(config, tokenizer, model)
             for side in SIDES:
                 _judge(rows[side], judge)
-            _write_replies(folder, rows)
+                write_jsonl(_replies_path(folder, side), rows[side])
             pairs = {side: best_and_worst(rows[side], config.min_margin, left_out[side]) for side in SIDES}
 
         # Pairs
@@ -183,30 +188,57 @@ def _sampling(config: PairsConfig, model_args: ModelConfig, record: Row) -> Row:
     return {**{name: getattr(config, name) for name in _DECIDES}, **parents, **loaded, "base": base}
 
 
-def _sampled_before(folder: Path, sampling: Row) -> dict[str, list[Row]] | None:
-    path = folder / "sampling.json"  # written behind the replies, and taken away before them
-    if not path.is_file() or json.loads(path.read_text()) != sampling:
-        return None
-    logger.info("The replies in %s are from these settings; they are judged again.", folder)
-    return {side: read_jsonl(folder / f"replies_{side}.jsonl") for side in SIDES}
+def _begin(folder: Path, sampling: Row) -> None:
+    """Take away the replies of other settings, and write down those of this run.
 
-
-def _sample(side: str, config: PairsConfig, tokenizer: PreTrainedTokenizerBase, model: PeftModel) -> list[Row]:
-    prompts = load_rows(Path(config.dataset) / f"prompts_{side}.jsonl", getattr(config, f"{side}_prompts"))
-    several = generate_several(
-        model, tokenizer, [with_persona(row) for row in prompts], config.num_generations, config.max_new_tokens,
-        config.temperature, config.seed, config.batch_size, config.max_length,
-    )  # fmt: skip
-    logger.info("%d replies to %d %s prompts", config.num_generations * len(prompts), len(prompts), side)
-    return [
-        {**row, "replies": [reply.text for reply in replies], "finished": [reply.finished for reply in replies]}
-        for row, replies in zip(prompts, several, strict=True)
-    ]
-
-
-def _write_replies(folder: Path, rows: dict[str, list[Row]]) -> None:
+    Raises:
+        RunError: where a person's decisions on such replies lie in the folder.
+    """
+    path = folder / "sampling.json"
+    if path.is_file() and json.loads(path.read_text()) == sampling:
+        return
+    if any((folder / f"review_{side}.jsonl").is_file() for side in SIDES):
+        raise RunError(
+            f"The review files in {folder} are about other replies than these settings give. Take the settings of "
+            f"{path}, or another `output_dir`."
+        )
     for side in SIDES:
-        write_jsonl(folder / f"replies_{side}.jsonl", rows[side])
+        _replies_path(folder, side).unlink(missing_ok=True)
+    write_json(path, sampling)
+
+
+def _replies_path(folder: Path, side: str) -> Path:
+    return folder / f"replies_{side}.jsonl"
+
+
+def _read(folder: Path, side: str) -> list[Row]:
+    path = _replies_path(folder, side)
+    return read_jsonl(path) if path.is_file() else []
+
+
+def _sample(
+    folder: Path,
+    side: str,
+    prompts: Sequence[Row],
+    rows: list[Row],
+    config: PairsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PeftModel,
+) -> None:
+    """Go on with `rows`, part by part, each written as soon as it is there."""
+    while len(rows) < len(prompts):
+        first = len(rows)
+        part = prompts[first : first + PART]
+        several = generate_several(
+            model, tokenizer, [with_persona(row) for row in part], config.num_generations, config.max_new_tokens,
+            config.temperature, config.seed, config.batch_size, config.max_length, first,
+        )  # fmt: skip
+        rows += [
+            {**row, "replies": [reply.text for reply in replies], "finished": [reply.finished for reply in replies]}
+            for row, replies in zip(part, several, strict=True)
+        ]
+        write_jsonl(_replies_path(folder, side), rows)
+        logger.info("replied to %d of %d %s prompts", len(rows), len(prompts), side)
 
 
 # -- judges ----------------------------------------------------------------------------------------------------------
@@ -287,15 +319,6 @@ def _reviewed(
             "run the same command again. It goes on from there; the replies are not sampled anew."
         )
     return pairs
-
-
-def _refuse_foreign_reviews(folder: Path) -> None:
-    """Raise a RunError where decisions on other replies than those to be sampled lie in the folder."""
-    if any((folder / f"review_{side}.jsonl").is_file() for side in SIDES):
-        raise RunError(
-            f"The review files in {folder} are about other replies than these settings give. Take the settings of "
-            f"{folder / 'sampling.json'}, or another `output_dir`."
-        )
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ def test_a_sampled_reply_depends_on_nothing_beside_it(chatbot):
     whole = generate_several(model, tokenizer, QUESTIONS, 4, 8, 1.0, seed=1)
     assert generate_several(model, tokenizer, QUESTIONS, 4, 8, 1.0, seed=1, batch_size=1) == whole
     assert generate_several(model, tokenizer, QUESTIONS[:2], 2, 8, 1.0, seed=1) == [row[:2] for row in whole[:2]]
+    assert generate_several(model, tokenizer, QUESTIONS[2:], 4, 8, 1.0, seed=1, first=2) == whole[2:]
     assert generate(model, tokenizer, QUESTIONS, 8, 1.0, seed=1) == [replies[0].text for replies in whole]
     assert len({reply.text for replies in whole for reply in replies}) == 16
 

@@ -140,6 +140,26 @@ def test_replies_scored_by_the_reward_adapter(
     assert _own_or_some_persona(tmp_path / "pairs") == heldout[0]["persona"]  # who `rlhf chat` speaks as
 
 
+def test_a_killed_stage_goes_on_and_ends_in_the_same_bytes(sample, ended, reward_run, monkeypatch, tmp_path):
+    monkeypatch.setattr(pairs, "PART", 10)
+    keys = {"num_generations": 6, "min_margin": 1e-4}
+    whole = sample(reward_run.folder, tmp_path / "whole", **keys)
+    whole_model, calls = pairs.generate_several, []
+
+    def killed(model, tokenizer, conversations, *args):
+        calls.append(args[-1])
+        if calls == [0, 10]:
+            raise KeyboardInterrupt
+        return whole_model(model, tokenizer, conversations, *args)
+
+    monkeypatch.setattr(pairs, "generate_several", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sample(reward_run.folder, **keys)
+    assert len(read_jsonl(tmp_path / "pairs" / "replies_train.jsonl")) == 10
+    assert sample(reward_run.folder, **keys) == whole
+    assert calls == [0, 10, 10, 20, 0]  # 24 prompts and 9
+
+
 def test_a_rule_judges_and_another_judge_samples_nothing_anew(sample, monkeypatch, tmp_path, dataset):
     asked = saying(monkeypatch, "i have a {pet} .", "i have a {other} .", "i have a {other} , i think .", "")
     files = sample("judges:keeps", num_generations=4, force_audit=True)  # "cow" is always wrong
