@@ -271,6 +271,8 @@ def _tried(tokenizer: PreTrainedTokenizerBase, template: str, eos_token: str, si
     tokens = {token.content for token in added if token.special or token.content in template}
     tokens |= set(tokenizer.all_special_tokens)
     controls = tokens | _tags(trial, tokens)
+    if template == PERSONA_TEMPLATE:
+        controls |= {"[NAME]", "[STYLE]"}  # tags of the text form that the template itself never writes
     if normalizer := _normalizer(tokenizer):  # text is compared as written and as the tokenizer will see it
         controls |= {normalizer.normalize_str(control) for control in controls}
     stripped = {control.strip(" \t\n▁") for control in controls} - {""}

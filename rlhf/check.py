@@ -81,8 +81,14 @@ def preflight(stage: str, configs: Sequence[Any]) -> None:
         raise RunError("\n".join([f"The stage {stage!r} is not fit to start:", *failed]))
 
 
-def examine(stage: str, configs: Sequence[Any]) -> Examination:
-    """Go through the pre-flight list of a training stage (sft, reward, dpo, ppo)."""
+def examine(stage: str, configs: Sequence[Any], unmade: Sequence[str] = ()) -> Examination:
+    """Go through the pre-flight list of a training stage (sft, reward, dpo, ppo).
+
+    Args:
+        stage: Its name.
+        configs: Its configurations.
+        unmade: Folders that earlier stages of the same run will make: what is not there yet is no fault of this stage.
+    """
     values = values_of(configs)
     args = next(config for config in configs if isinstance(config, TrainingArguments))
     items = _settings(values, args)
@@ -111,12 +117,13 @@ def examine(stage: str, configs: Sequence[Any]) -> Examination:
     if examples:
         items += [
             _mask(stage, examples, tokenizer),
+            _nan(stage, examples),
             _stop(examples, tokenizer),
             _prompt(stage, examples, tokenizer),
             _length(stage, examples, values),
         ]
     parents = [values[key] for key in ("sft_adapter", "reward_adapter") if values.get(key)]
-    items += [_parent(folder, examples, tokenizer) for folder in parents]
+    items += [_parent(folder, examples, tokenizer, folder in unmade) for folder in parents]
     return Examination(items, tokenizer, examples[0] if examples else None)
 
 
@@ -207,6 +214,13 @@ def _mask(stage: str, examples: Sequence[Example], tokenizer: PreTrainedTokenize
     return Item("mask", True, f"the trained tokens ({share:.0%}) are the replies and nothing else")
 
 
+def _nan(stage: str, examples: Sequence[Example]) -> Item:
+    """A loss is a mean over trained tokens; over none of them it is NaN, and so are all weights from then on."""
+    without = sum(not any(example.trained) for example in examples) if stage != "ppo" else 0
+    said = f"{without} of {len(examples)} sampled sequences have no trained token"
+    return Item("nan", not without, said + ("; their loss would be NaN. Leave their rows out" if without else ""))
+
+
 def _stop(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Item:
     found = stop_token_id(tokenizer)
     name = tokenizer.convert_ids_to_tokens(found)
@@ -223,7 +237,8 @@ def _prompt(stage: str, examples: Sequence[Example], tokenizer: PreTrainedTokeni
     """What `rlhf.generate` asks the model with is, id by id, what stands in front of the reply in training."""
     number = 0
     for example in examples:
-        for (start, _), place in zip(example.runs(), _replies(stage, example), strict=True):
+        # Where their numbers differ, the item "mask" has failed already.
+        for (start, _), place in zip(example.runs(), _replies(stage, example), strict=False):
             asked = render_within(example.messages[:place], tokenizer, _NO_LIMIT, add_generation_prompt=True)[0]
             number += 1
             if example.input_ids[:start] != asked["input_ids"]:
@@ -237,14 +252,21 @@ def _length(stage: str, examples: Sequence[Example], values: Mapping[str, Any]) 
     lengths = [example.trained.index(1) if stage == "ppo" and any(example.trained) else len(example.trained)
                for example in examples]  # fmt: skip
     cut = sum(length > limit for length in lengths)
-    said = f"{cut} of {len(lengths)} sampled sequences are longer than `max_length` {limit}, the longest has {max(lengths)}"
+    said = (
+        f"{cut} of {len(lengths)} sampled sequences ({cut / len(lengths):.0%}) are longer than `max_length` {limit}, "
+        f"the longest has {max(lengths)}"
+    )
     # A sample decides only where it is clear; the training counts every row.
     too_many = cut > 0 and binomtest(cut, len(lengths)).proportion_ci(method="wilson").low > allowed
     return Item("length", not too_many, f"{said}. {length_remedy(lengths, allowed)}" if too_many else said)
 
 
-def _parent(folder: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Item:
+def _parent(
+    folder: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, unmade: bool = False
+) -> Item:
     """The adapter that training starts from was trained on prompts of the same form."""
+    if unmade and not Path(folder).exists():
+        return Item("parent", True, f"{folder} is made by an earlier stage, which has not run yet")
     try:
         theirs = load_tokenizer(folder)
     except (OSError, ValueError) as error:
@@ -260,10 +282,16 @@ def _parent(folder: str, examples: Sequence[Example], tokenizer: PreTrainedToken
 # --- what `rlhf check` shows -----------------------------------------------------------------------------------------
 
 
-def show(stage: str, configs: Sequence[Any], console: Console | None = None) -> bool:
-    """Print the pre-flight list, a prompt, and a dialogue with its trained tokens marked; say whether all passed."""
+def show(
+    stage: str, configs: Sequence[Any], console: Console | None = None, unmade: Sequence[str] = ()
+) -> list[str]:
+    """Print the pre-flight list, a prompt, and a dialogue with its trained tokens marked.
+
+    Returns:
+        The names of the items that failed.
+    """
     console = console or Console()
-    examination = examine(stage, configs)
+    examination = examine(stage, configs, unmade)
     values = values_of(configs)
     head = Table.grid(padding=(0, 2))
     for key in ("model_name_or_path", "dataset", "output_dir", "max_length"):
@@ -279,15 +307,42 @@ def show(stage: str, configs: Sequence[Any], console: Console | None = None) -> 
         console.print(_shown_dialogue(stage, examination.example, examination.tokenizer))
     listed = Table(show_header=False, box=None, padding=(0, 1))
     for item in examination.items:
-        mark = Text("pass", style="green") if item.passed else Text("FAIL", style="bold white on red")
-        listed.add_row(mark, Text(item.name, style="bold"), Text(item.detail, style="" if item.passed else "red"))
+        style = "" if item.passed else "red" if item.blocks else "yellow"
+        mark = Text("pass", style="green") if item.passed else Text("FAIL", style=f"bold reverse {style}")
+        listed.add_row(mark, Text(item.name, style="bold"), Text(item.detail, style=style))
     console.print(Panel(listed, title="pre-flight", title_align="left", border_style="cyan"))
-    failed = [item.name for item in examination.items if not item.passed]
-    if failed:
-        console.print(Text(f"not fit to start: {', '.join(failed)}", style="bold red"))
+    failed = [item for item in examination.items if not item.passed]
+    names = [item.name for item in failed]
+    if any(item.blocks for item in failed):
+        console.print(Text(f"{stage} is not fit to start: {', '.join(names)}", style="bold red"))
+    elif failed:
+        console.print(Text(f"{stage} would start, but see: {', '.join(names)}", style="bold yellow"))
     else:
-        console.print(Text(f"all {len(examination.items)} items passed", style="bold green"))
-    return not failed
+        console.print(Text(f"{stage}: all {len(examination.items)} items passed", style="bold green"))
+    return names
+
+
+def show_recipe(stages: Mapping[str, Sequence[Any]], console: Console | None = None) -> dict[str, list[str]]:
+    """[`show`] each training stage of a recipe, and at the end a line on each.
+
+    Args:
+        stages: The configurations of each stage, in the order in which they run.
+        console: Where to print; None is the terminal.
+
+    Returns:
+        The names of the items that failed, by stage.
+    """
+    console = console or Console()
+    failed: dict[str, list[str]] = {}
+    unmade: list[str] = []
+    for stage, configs in stages.items():
+        failed[stage] = show(stage, configs, console, unmade)
+        unmade.append(values_of(configs)["output_dir"])
+        console.print()
+    for stage, names in failed.items():
+        line = (f"FAIL {stage}: {', '.join(names)}", "red") if names else (f"pass {stage}", "green")
+        console.print(Text(*line))
+    return failed
 
 
 def _shown_dialogue(stage: str, example: Example, tokenizer: PreTrainedTokenizerBase) -> Group:

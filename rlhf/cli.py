@@ -31,8 +31,15 @@ def make_parser() -> argparse.ArgumentParser:
     chat.set_defaults(command=_chat)
 
     check = commands.add_parser("check", help="show what a training stage would train on, and what is wrong with it")
-    check.add_argument("file", type=Path, metavar="STAGE.yaml", help="a file such as recipes/demo/sft.yaml")
-    check.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="as the scripts take them")
+    check.add_argument(
+        "recipe", type=Path, metavar="RECIPE|STAGE.yaml", help="recipes/demo, or a stage of it: recipes/demo/sft.yaml"
+    )
+    check.add_argument(
+        "overrides",
+        nargs=argparse.REMAINDER,
+        metavar="--key value",
+        help="other settings, as --dataset runs/kl/prepare; for a recipe also --tiny, and --output_dir as for `run`",
+    )
     check.set_defaults(command=_check)
     return parser
 
@@ -65,17 +72,34 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from rlhf.check import FILES, show
-    from rlhf.pipeline import config_classes
+    from rlhf.check import FILES, show, show_recipe
+    from rlhf.pipeline import config_classes, plan
 
-    stage = arguments.file.stem
-    if stage not in FILES:
-        raise ConfigError(
-            [f"`{arguments.file}`: is the file of no training stage; there are {', '.join(FILES)} .yaml"]
-        )
-    configs = parse(config_classes(stage), ["--config", str(arguments.file), *arguments.overrides], stage)
-    if not show(stage, configs):
+    recipe, words = arguments.recipe, arguments.overrides
+    if recipe.suffix != ".yaml":
+        keys = _keys([word for word in words if word != "--tiny"])
+        root = Path(keys.pop("output_dir", Path("runs") / recipe.resolve().name))
+        steps = plan(recipe, "--tiny" in words, None, root, keys)
+        failed = any(show_recipe({step.stage: step.configs for step in steps if step.stage in FILES}).values())
+    elif recipe.stem in FILES:
+        configs = parse(config_classes(recipe.stem), ["--config", str(recipe), *words], recipe.stem)
+        failed = bool(show(recipe.stem, configs))
+    else:
+        raise ConfigError([f"`{recipe}`: is the file of no training stage; there are {', '.join(FILES)} .yaml"])
+    if failed:
         raise SystemExit(1)
+
+
+def _keys(words: Sequence[str]) -> dict[str, Any]:
+    """{"key": "value"} of `--key value` and `--key=value`."""
+    keys: dict[str, Any] = {}
+    left = iter(words)
+    for word in left:
+        key, equals, value = word.removeprefix("--").partition("=")
+        keys[key] = value if equals else next(left, None)
+        if not word.startswith("--") or keys[key] is None:
+            raise ConfigError([f"`{word}` (command line): write --key value, as in --dataset runs/demo/prepare"])
+    return keys
 
 
 def _chat(arguments: argparse.Namespace) -> None:

@@ -181,7 +181,11 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
                 if values:
                     made[f"{kind}_{side}.jsonl"] = values
                 elif kind == "preferences" and alone:
-                    logger.warning("One character has nobody to exchange replies with: there are no %s pairs.", side)
+                    logger.warning(
+                        "One character has nobody to exchange replies with: there are no %s pairs. Stop after SFT "
+                        "(--until sft), or make pairs from a card (recipes/my-character).",
+                        side,
+                    )
                 else:
                     raise DataError(f"{config.path}: too few dialogues for any {side} {kind}. Add dialogues.")
         _remove_old(folder)
@@ -238,19 +242,21 @@ def _usable(config: PrepareConfig, rejected: list[Row]) -> list[Row]:
             continue
         standard = quality.STANDARDS[config.quality or quality.KIND_OF_SOURCE.get(source, "chat")]
         judged += quality.mark_bad_replies(group, standard, str(file), rejected)
-    unusable = sum(entry["dropped"] == "dialogue" for entry in rejected)
+    filtered = {*sources.FILTERED, quality.NO_GOOD_REPLY}  # well-formed: these cast no doubt on the file
     reasons = _reasons(rejected, whole=True)
+    faults = {reason: count for reason, count in reasons.items() if reason not in filtered}
     left, repeated = duplicates.drop_duplicates(judged)  # repeated is not unusable
     rejected += repeated
-    if not rows and not unusable:
-        raise DataError(f"{file}: there are no dialogues in it.")
-    dialogues = len({row["dialogue_id"] for row in judged})
+    if not left and not faults:
+        raise DataError(f"{file}: there are no dialogues in it" + (f" that can be used: {reasons}." if reasons else "."))
+    unusable, dialogues = sum(faults.values()), len({row["dialogue_id"] for row in judged})
     if unusable > config.max_rejected_share * (dialogues + unusable):
         rejected_path = Path(config.output_dir) / "rejected.jsonl"
         write_jsonl(rejected_path, rejected)
         raise DataError(
             f"{file}: {unusable} of {dialogues + unusable} dialogues are unusable, more than `max_rejected_share` "
-            f"{config.max_rejected_share}: {reasons}. See {rejected_path} for each with its line."
+            f"{config.max_rejected_share}: {faults}. See {rejected_path} for each with its line; mend them, or raise "
+            "`max_rejected_share` to go on without them."
         )
     return left
 

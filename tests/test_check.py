@@ -17,7 +17,9 @@ from rlhf.pipeline import config_classes
 from rlhf.record import RunError
 from tests.conftest import ZEPHYR_TEMPLATE
 
-NAMES = ["device", "clipping", "data", "held-out", "steps", "samples", "format", "mask", "stop", "prompt", "length"]
+NAMES = [
+    "device", "clipping", "data", "held-out", "steps", "samples", "format", "mask", "nan", "stop", "prompt", "length"
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -127,15 +129,21 @@ def test_a_prompt_of_another_form_is_seen(configs, monkeypatch):
     assert set(failed(examine("sft", configs("sft")))) == {"prompt"}
 
 
+def test_a_row_without_a_trained_token_is_seen(configs, monkeypatch):
+    tampered(monkeypatch, lambda row, tokenizer: {"labels": [-100] * len(row["labels"])})
+    assert failed(examine("sft", configs("sft")))["nan"].startswith("33 of 33 sampled sequences have no trained token")
+
+
 def test_stretches_of_trained_tokens():
     assert Example([5, 6, 7, 8, 9], [0, 1, 1, 0, 1], []).runs() == [(1, [6, 7]), (4, [9])]
 
 
 def test_the_dialogue_is_shown_with_its_trained_tokens_marked(configs):
     console = Console(width=200, record=True, file=io.StringIO())
-    assert show("sft", configs("sft"), console)
+    assert show("sft", configs("sft"), console) == []
     text = console.export_text()
-    assert "⟦i· have· a· dog· .·</s>·⟧" in text and "all 11 items passed" in text
+    assert "⟦i· have· a· dog· .·</s>·⟧" in text and "sft: all 12 items passed" in text
+    assert "0 of 33 sampled sequences (0%) are longer than `max_length` 256" in " ".join(text.split())
 
 
 def test_the_plan_is_shown_with_its_reasons(configs):
@@ -156,10 +164,56 @@ def test_the_command_ends_with_a_status(tiny_llama, dataset, tmp_path, capsys):
     }
     path.write_text(json.dumps(values))  # JSON is YAML
     main(["check", str(path), "--use_cpu", "true"])
-    assert "all 11 items passed" in capsys.readouterr().out
+    assert "all 12 items passed" in capsys.readouterr().out
     with pytest.raises(SystemExit) as end:
         main(["check", str(path), "--use_cpu", "true", "--max_grad_norm=0"])
-    assert end.value.code == 1 and "not fit to start: clipping" in capsys.readouterr().out
+    assert end.value.code == 1 and "sft would start, but see: clipping" in capsys.readouterr().out
     with pytest.raises(SystemExit) as end:
         main(["check", str(tmp_path / "prepare.yaml")])
     assert end.value.code == 2 and "no training stage" in capsys.readouterr().err
+
+
+@pytest.fixture
+def recipe(tiny_llama, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    shared = {"model_name_or_path": str(tiny_llama), "dataset": "runs/mine/prepare", "sample_steps": 1, "use_cpu": True}
+    for stage in ("sft", "dpo"):
+        more = {"sft_adapter": "runs/mine/sft"} if stage == "dpo" else {}
+        (folder / f"{stage}.yaml").write_text(json.dumps({**shared, **more, "output_dir": f"runs/mine/{stage}"}))
+    return folder
+
+
+def test_a_recipe_is_checked_stage_by_stage(recipe, dataset, capsys):
+    main(["check", str(recipe), "--dataset", str(dataset), "--max_length=256"])
+    shown = capsys.readouterr().out
+    assert "sft: all 12 items passed" in shown and "dpo: all 13 items passed" in shown
+    assert "runs/mine/sft is made by an earlier stage" in shown and shown.endswith("pass sft\npass dpo\n")
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(recipe), "--dataset", str(dataset), "--dpo.max_length", "30"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 1 and "dpo is not fit to start: length" in shown
+    assert shown.endswith("pass sft\nFAIL dpo: length\n")
+
+
+def test_a_recipe_that_ran_elsewhere_is_checked_there(recipe, dataset, adapter, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "prepare").symlink_to(dataset)
+    (tmp_path / "elsewhere" / "sft").symlink_to(adapter)
+    main(["check", str(recipe), "--output_dir", str(tmp_path / "elsewhere")])
+    assert "was trained on dialogues of the same form" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset"], "`--dataset` (command line): write --key value"),
+        (["dataset=x"], "`dataset=x` (command line): write --key value"),
+        (["--datset", "x"], "`datset` (--set): no stage of this recipe knows it"),
+        (["--tiny"], "has no tiny.yaml"),
+    ],
+)
+def test_a_wrong_command_for_a_recipe_is_a_message(recipe, words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(recipe), *words])
+    assert end.value.code == 2 and message in capsys.readouterr().err

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import yaml
 
 from rlhf.data import sources
 from rlhf.data.preferences import other_persona_pairs, prompts
@@ -839,10 +840,10 @@ def test_intents_use_every_pattern_and_every_response(tmp_path):
     assert "`patterns` and `responses`" in rejected[0]["reason"]
 
 
-def test_lists_of_conversations_as_turns_and_as_alternatives(tmp_path):
+def test_lists_of_conversations(tmp_path):
     path = tmp_path / "talk.yml"
     path.write_text(
-        "categories:\n- talk\nconversations:\n- - Hi\n  - Hello\n  - When?\n  - 1963\n- - You lie\n  - no\n  - Why?\n"
+        "categories:\n- conversations\nconversations:\n- - Hi\n  - Hello\n  - When?\n  - 1963\n- - You lie\n  - no\n  - Why?\n"
         "- just text\n- - Alone\n- - Blank\n  - ''\n"
     )
     rejected: list[dict] = []
@@ -851,9 +852,17 @@ def test_lists_of_conversations_as_turns_and_as_alternatives(tmp_path):
     assert [row["dialogue_id"] for row in rows] == ["talk-4", "talk-8"]
     reasons = [(11, "not a list of texts, or one is blank"), (12, "no reply to a turn of the user")]
     assert [(e["line"], e["reason"]) for e in rejected] == [*reasons, (13, reasons[0][1])]
-    rows = list(question_answer(path, [], alternatives=True, **ADVISOR))
-    assert pairs(rows) == [("Hi", "Hello"), ("Hi", "When?"), ("Hi", "1963"), ("You lie", "no"), ("You lie", "Why?")]
-    assert [row["dialogue_id"] for row in rows] == ["talk-4"] * 3 + ["talk-8"] * 2
+
+
+@pytest.mark.parametrize("categories", ["", "categories: conversations\n", "categories: [talk]\n"])
+def test_of_a_list_that_may_be_answers_to_one_question_the_first_is_used(tmp_path, categories):
+    path = tmp_path / "talk.yml"
+    path.write_text(f"{categories}conversations:\n- - Hi\n  - Hello\n  - Good day\n  - Welcome\n- - Bye\n  - Bye!\n")
+    rejected: list[dict] = []
+    assert pairs(question_answer(path, rejected, **ADVISOR)) == [("Hi", "Hello"), ("Bye", "Bye!")]
+    line = 5 if categories else 4
+    assert [(e["line"], e["dropped"], e["text"]) for e in rejected] == [(line, "turns", "Good day\nWelcome")]
+    assert rejected[0]["reason"] == "more than one answer, or no category 'conversations'"
 
 
 @pytest.mark.parametrize(
@@ -1184,11 +1193,18 @@ def test_the_real_questions_and_answers():
 
 
 def test_the_real_conversations():
+    folder = real("chatterbot_corpus/english")
+    lists = {path.name: yaml.safe_load(path.read_text())["conversations"] for path in folder.iterdir()}
     rejected: list[dict] = []
-    rows = list(question_answer(real("chatterbot_corpus/english"), rejected, **ADVISOR))
+    rows = list(question_answer(folder, rejected, **ADVISOR))
     assert len(rows) == 2025
-    assert Counter(len(row["messages"]) for row in rows).most_common(3) == [(2, 1946), (5, 24), (6, 19)]
-    assert [(Path(e["file"]).name, e["line"]) for e in rejected] == [("trivia.yml", 35)]  # a text that is no list
+    longer = Counter({name: sum(isinstance(turns, list) and len(turns) > 2 for turns in of) for name, of in lists.items()})
+    assert Counter(Path(e["file"]).name for e in rejected if e["dropped"] == "turns") == +longer - Counter(
+        {"conversations.yml": longer["conversations.yml"]}
+    )
+    assert sum(len(row["messages"]) > 2 for row in rows) == longer["conversations.yml"] == 17
+    whole = [(Path(e["file"]).name, e["line"]) for e in rejected if e["dropped"] == "dialogue"]
+    assert whole == [("trivia.yml", 35)]  # a text that is no list
 
 
 def test_the_real_preferences():

@@ -18,6 +18,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
+NO_GOOD_REPLY = "no good reply"  # why `mark_bad_replies` leaves a whole dialogue out
 _WORDS_TO_REPEAT = 4  # "Thanks!" or "Me too." may come again; of five alike words in a row the second is noise
 _TRIGRAM_WORDS = 12  # shorter texts have too few trigrams to tell whether they go round in circles
 _MIN_DISTINCT = 0.5  # share of distinct trigrams; 76 of PandaLM's 1,998 model answers are below, no reply in a chat is
@@ -167,7 +168,7 @@ def mark_bad_replies(rows: Iterable[Row], standard: Standard, file: str | Path, 
         if any(message["role"] == "assistant" and message.get("train", True) for message in messages[1:]):
             yield {**row, "messages": messages}
         else:
-            entry = {"file": str(file), "dialogue_id": row["dialogue_id"], "turn": 1, "reason": "no good reply"}
+            entry = {"file": str(file), "dialogue_id": row["dialogue_id"], "turn": 1, "reason": NO_GOOD_REPLY}
             rejected.append(entry | {"dropped": "dialogue", "text": "\n".join(m["content"] for m in messages)})
 
 

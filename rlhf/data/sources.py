@@ -63,6 +63,21 @@ _BLANK = re.compile(
     re.IGNORECASE,
 )
 _MIN_TURNS = 3  # gives each of the two speakers one reply
+_NO_REPLY = "a model gave no reply"
+_TALKS = "conversations"  # the category of a YAML file whose longer lists are conversations
+
+# Reasons for which a dialogue is left out although it is well-formed: they do not tell that a file is not what its reader
+# takes it for.
+FILTERED = frozenset(
+    (
+        "placeholder",
+        "no reply to a turn of the user",
+        f"fewer than {_MIN_TURNS} turns",
+        "no majority for one response",
+        "chosen and rejected are the same",
+        _NO_REPLY,
+    )
+)
 
 # "ROMEO:", "First Citizen:", "DUKE OF YORK:", "Rick (to Morty): hi"; a sentence that ends in a colon is no name.
 _SCRIPT_NAME = re.compile(
@@ -345,7 +360,7 @@ def _conversation(path: str | Path, number: int, line: int, record: Row, rejecte
 
     start, end = _longest_without([text for _, text, _ in turns], _PLACEHOLDER)
     if end - start < _MIN_TURNS:
-        reason = "placeholder" if end - start < len(turns) else "fewer than 3 turns"
+        reason = "placeholder" if end - start < len(turns) else f"fewer than {_MIN_TURNS} turns"
         return reject(line, reason, "dialogue", record[DIALOGUE_COLUMN])
     for outside in (turns[:start], turns[end:]):
         if outside:
@@ -626,9 +641,7 @@ def _scenes(
 # -- questions and answers ---------------------------------------------------------------------------------------------
 
 
-def question_answer(
-    path: str | Path, rejected: list[Row], *, persona: Sequence[str], alternatives: bool = False
-) -> Iterator[Row]:
+def question_answer(path: str | Path, rejected: list[Row], *, persona: Sequence[str]) -> Iterator[Row]:
     """Questions and answers, by the file's ending; a folder is read file by file.
 
     - *.csv, *.jsonl, *.json with a list: a column for the question and one for the answer (`QUESTION_COLUMNS`,
@@ -636,12 +649,13 @@ def question_answer(
     - *.json with {question: answer};
     - *.json with {"intents": [{"tag", "patterns", "responses"}]}: each pattern is a question, the responses answer
       them in turn, and none is left out. The rows of an intent share a `dialogue_id`, as they say the same;
-    - *.yml, *.yaml with "conversations", a list of lists of turns (https://github.com/gunthercox/chatterbot-corpus).
+    - *.yml, *.yaml with "conversations", a list of lists of turns (https://github.com/gunthercox/chatterbot-corpus). A
+      list of more than two is a conversation where `categories` names "conversations". Elsewhere in that corpus some are
+      conversations and more are several answers to the first turn, which nothing tells apart: there the first answer is
+      used.
 
     Args:
         persona: Facts of whoever answers, for every row.
-        alternatives: Whether the later turns of a list of a YAML file all answer its first one, as in some files of
-            that corpus, instead of each other.
 
     Raises:
         DataError: if the file cannot be read or is of none of these shapes.
@@ -650,11 +664,11 @@ def question_answer(
     if Path(path).is_dir():
         for file in sorted(Path(path).iterdir()):
             if file.suffix.lower() in (".csv", ".json", ".jsonl", ".yml", ".yaml"):
-                yield from question_answer(file, rejected, persona=facts, alternatives=alternatives)
+                yield from question_answer(file, rejected, persona=facts)
         return
     suffix = Path(path).suffix.lower()
     if suffix in (".yml", ".yaml"):
-        yield from _yaml_conversations(path, rejected, facts, alternatives)
+        yield from _yaml_conversations(path, rejected, facts)
         return
     if suffix == ".json" and isinstance(value := _load_json(path, text := _read(path)), dict):
         pairs = _intents(value, text, path, rejected) if "intents" in value else _mapping(value, text, path, rejected)
@@ -727,7 +741,7 @@ def _intents(value: Row, text: str, path: str | Path, rejected: list[Row]) -> It
             yield _line_of(text, pattern), pattern, response, f"{Path(path).stem}-{tag}"
 
 
-def _yaml_conversations(path: str | Path, rejected: list[Row], facts: list[str], alternatives: bool) -> Iterator[Row]:
+def _yaml_conversations(path: str | Path, rejected: list[Row], facts: list[str]) -> Iterator[Row]:
     try:  # nodes know their lines, and keep "1963" and "no" as they are written
         root = yaml.compose(_read(path), Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -737,6 +751,8 @@ def _yaml_conversations(path: str | Path, rejected: list[Row], facts: list[str],
         raise DataError(
             f"`path`: {path} needs a list `conversations`; found: {', '.join(map(repr, keys)) or 'no keys'}"
         )
+    categories = keys.get("categories")
+    talks = isinstance(categories, yaml.SequenceNode) and _TALKS in [node.value for node in categories.value]
     for node in keys["conversations"].value:
         line = node.start_mark.line + 1
         turns = node.value if isinstance(node, yaml.SequenceNode) else []
@@ -747,10 +763,10 @@ def _yaml_conversations(path: str | Path, rejected: list[Row], facts: list[str],
             continue
         lines = [turn.start_mark.line + 1 for turn in turns]
         dialogue_id = f"{Path(path).stem}-{line}"
-        if alternatives and len(texts) > 1:
-            for at, answer in zip(lines[1:], texts[1:], strict=True):
-                yield from _pair(texts[0], answer, facts, dialogue_id, path, at, rejected)
-            continue
+        if len(texts) > 2 and not talks:
+            reason = f"more than one answer, or no category {_TALKS!r}"
+            _reject(rejected, path, lines[2], reason, "turns", "\n".join(texts[2:]))
+            texts = texts[:2]
         messages = [
             {"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(texts)
         ]
@@ -870,9 +886,10 @@ def _voted(record: Row) -> Row:
     winner = next((side for side in (1, 2) if 2 * votes.count(side) > len(votes)), None)
     if winner is None:
         raise _Fault("no majority for one response")
-    for name in ("instruction", "response1", "response2"):
-        if not _is_text(record.get(name)):
-            raise _Fault(f"`{name}` is no text or blank")
+    if not _is_text(record.get("instruction")):
+        raise _Fault("`instruction` is no text or blank")
+    if not (_is_text(record.get("response1")) and _is_text(record.get("response2"))):
+        raise _Fault(_NO_REPLY)
     prompt = record["instruction"].strip()
     if _is_text(record.get("input")):
         prompt += f"\n\n{record['input'].strip()}"
