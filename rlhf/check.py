@@ -99,28 +99,31 @@ def examine(stage: str, configs: Sequence[Any], unmade: Sequence[str] = ()) -> E
             rows[side] = load_rows(path, values[limit])
             items.append(Item(name, True, f"{len(rows[side]):,} rows in {path}"))
         except (OSError, ValueError) as error:
-            items.append(Item(name, False, str(error)))
+            alone = stage in ("reward", "dpo") and path.with_name(f"dialogues_{side}.jsonl").is_file()
+            why = " Of one character it makes no pairs; its training.log says why." if alone else ""
+            items.append(Item(name, False, f"{error}{why}"))
     if "train" in rows:
         items += _steps(stage, values, args, len(rows["train"]))
     try:
         tokenizer = load_tokenizer(values["model_name_or_path"])
     except (OSError, ValueError) as error:
         return Examination([*items, Item("format", False, f"`model_name_or_path`: {error}")])
-    sample = [row for side in rows.values() for row in _spread(side, SAMPLED_ROWS)]
     try:
-        examples = [example for row in sample for example in _examples(stage, row, tokenizer)]
+        by_row = {
+            side: [_examples(stage, row, tokenizer) for row in _spread(rows[side], SAMPLED_ROWS)] for side in rows
+        }
     except ValueError as error:
         return Examination([*items, Item("format", False, str(error))], tokenizer)
-    items.append(
-        Item("format", bool(examples), f"{len(sample)} sampled rows rendered, each prompt a prefix of its dialogue")
-    )
+    examples = [example for side in by_row.values() for row in side for example in row]
     if examples:
+        sampled = sum(map(len, by_row.values()))
         items += [
+            Item("format", True, f"{sampled} sampled rows rendered, each prompt a prefix of its dialogue"),
             _mask(stage, examples, tokenizer),
             _nan(stage, examples),
             _stop(examples, tokenizer),
             _prompt(stage, examples, tokenizer),
-            _length(stage, examples, values),
+            _length(stage, by_row, {side: len(rows[side]) for side in rows}, values),
         ]
     parents = [values[key] for key in ("sft_adapter", "reward_adapter") if values.get(key)]
     items += [_parent(folder, examples, tokenizer, folder in unmade) for folder in parents]
@@ -247,26 +250,39 @@ def _prompt(stage: str, examples: Sequence[Example], tokenizer: PreTrainedTokeni
     return Item("prompt", True, f"inference asks with the ids of training, before {number} replies")
 
 
-def _length(stage: str, examples: Sequence[Example], values: Mapping[str, Any]) -> Item:
+def _length(
+    stage: str, by_row: Mapping[str, Sequence[Sequence[Example]]], rows: Mapping[str, int], values: Mapping[str, Any]
+) -> Item:
+    """How many rows `max_length` cuts. Where a file was sampled whole this is what the training will count."""
     limit, allowed = values["max_length"], values["max_truncated_share"]
-    lengths = [example.trained.index(1) if stage == "ppo" and any(example.trained) else len(example.trained)
-               for example in examples]  # fmt: skip
-    cut = sum(length > limit for length in lengths)
+    lengths = {side: [max(_ids_to_fit(stage, example) for example in row) for row in by_row[side]] for side in by_row}
+    every = [length for side in lengths.values() for length in side]
+    cut = sum(length > limit for length in every)
     said = (
-        f"{cut} of {len(lengths)} sampled sequences ({cut / len(lengths):.0%}) are longer than `max_length` {limit}, "
-        f"the longest has {max(lengths)}"
+        f"{cut} of {len(every)} sampled rows ({cut / len(every):.0%}) are longer than `max_length` {limit}, "
+        f"the longest has {max(every)}"
     )
-    # A sample decides only where it is clear; the training counts every row.
-    too_many = cut > 0 and binomtest(cut, len(lengths)).proportion_ci(method="wilson").low > allowed
-    return Item("length", not too_many, f"{said}. {length_remedy(lengths, allowed)}" if too_many else said)
+    for side, of_side in lengths.items():
+        over = sum(length > limit for length in of_side)
+        share = over / len(of_side)
+        if len(of_side) < rows[side]:  # a sample decides only where it is clear
+            share = float(binomtest(over, len(of_side)).proportion_ci(method="wilson").low)
+        if over and share > allowed:
+            return Item("length", False, f"{said}. {length_remedy(of_side, allowed)}")
+    return Item("length", True, said)
+
+
+def _ids_to_fit(stage: str, example: Example) -> int:
+    """The ids that `max_length` counts: of PPO's rows those of the prompt."""
+    return example.trained.index(1) if stage == "ppo" and any(example.trained) else len(example.trained)
 
 
 def _parent(
     folder: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, unmade: bool = False
 ) -> Item:
     """The adapter that training starts from was trained on prompts of the same form."""
-    if unmade and not Path(folder).exists():
-        return Item("parent", True, f"{folder} is made by an earlier stage, which has not run yet")
+    if not Path(folder).is_dir():
+        return Item("parent", unmade, f"there is no {folder} yet; an earlier stage makes it")
     try:
         theirs = load_tokenizer(folder)
     except (OSError, ValueError) as error:
@@ -282,9 +298,7 @@ def _parent(
 # --- what `rlhf check` shows -----------------------------------------------------------------------------------------
 
 
-def show(
-    stage: str, configs: Sequence[Any], console: Console | None = None, unmade: Sequence[str] = ()
-) -> list[str]:
+def show(stage: str, configs: Sequence[Any], console: Console | None = None, unmade: Sequence[str] = ()) -> list[str]:
     """Print the pre-flight list, a prompt, and a dialogue with its trained tokens marked.
 
     Returns:
@@ -347,26 +361,27 @@ def show_recipe(stages: Mapping[str, Sequence[Any]], console: Console | None = N
 
 def _shown_dialogue(stage: str, example: Example, tokenizer: PreTrainedTokenizerBase) -> Group:
     """The tokens in colour; brackets mark the trained ones where there is no colour."""
-    stop = tokenizer.eos_token_id
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     text = Text()
     before = 0
     for id, trained in zip(example.input_ids, example.trained, strict=True):
+        shown = _shown_token(id, tokenizer)
+        seen = shown[:1].isspace() or text.plain[-1:] in ("", "\n", " ") or id in special  # where it begins
+        text.append("" if seen or trained != before else "·", style="dim")
         if trained != before:
             text.append("⟦" if trained else "⟧", style="bold green")
         before = trained
-        piece = tokenizer.decode([id])
-        shown = tokenizer.convert_ids_to_tokens(id) if "\ufffd" in piece else piece.replace("\n", "⏎\n") or "▁"
         style = "black on green" if trained else "dim"
-        if id == stop:
+        if id == tokenizer.eos_token_id:
             style = "black on yellow" if trained else "yellow"
-        elif id in tokenizer.all_special_ids:
+        elif id in special:
             style = "magenta"
         text.append(shown, style=style)
-        text.append("·", style="dim")
     text.append("⟧" if before else "", style="bold green")
     legend = Text.assemble(
         ("trained", "black on green"), " ", ("stop token, trained", "black on yellow"), " ", ("special token", "magenta"),
-        " ", ("context", "dim"), f"   {sum(example.trained)} of {len(example.trained)} tokens trained, · ends a token",
+        " ", ("context", "dim"), "  · between tokens that no space parts\n",
+        f"{sum(example.trained)} of {len(example.trained)} tokens trained",
     )  # fmt: skip
     what = {"sft": "a dialogue", "ppo": "a prompt and its reference"}.get(stage, "a prompt and its chosen reply")
     runs = example.runs()
@@ -375,3 +390,13 @@ def _shown_dialogue(stage: str, example: Example, tokenizer: PreTrainedTokenizer
         Panel(Text(prompt), title="the first prompt, as the model is asked", title_align="left", border_style="cyan"),
         Panel(Group(text, Text(), legend), title=f"tokens of {what}", title_align="left", border_style="cyan"),
     )
+
+
+def _shown_token(id: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token's text with the space that it begins with; bytes of a character by their name."""
+    piece, name = tokenizer.decode([id]), tokenizer.convert_ids_to_tokens(id)
+    if "\ufffd" in piece:
+        return name
+    # SentencePiece's decoder takes the space of a first token away.
+    space = " " if name.startswith("▁") and not piece.startswith(" ") else ""
+    return (space + piece).replace("\n", "⏎\n")

@@ -242,13 +242,14 @@ def _usable(config: PrepareConfig, rejected: list[Row]) -> list[Row]:
             continue
         standard = quality.STANDARDS[config.quality or quality.KIND_OF_SOURCE.get(source, "chat")]
         judged += quality.mark_bad_replies(group, standard, str(file), rejected)
-    filtered = {*sources.FILTERED, quality.NO_GOOD_REPLY}  # well-formed: these cast no doubt on the file
     reasons = _reasons(rejected, whole=True)
-    faults = {reason: count for reason, count in reasons.items() if reason not in filtered}
+    faults = {reason: count for reason, count in reasons.items() if reason not in describe.WELL_FORMED}
     left, repeated = duplicates.drop_duplicates(judged)  # repeated is not unusable
     rejected += repeated
     if not left and not faults:
-        raise DataError(f"{file}: there are no dialogues in it" + (f" that can be used: {reasons}." if reasons else "."))
+        raise DataError(
+            f"{file}: there are no dialogues in it" + (f" that can be used: {reasons}." if reasons else ".")
+        )
     unusable, dialogues = sum(faults.values()), len({row["dialogue_id"] for row in judged})
     if unusable > config.max_rejected_share * (dialogues + unusable):
         rejected_path = Path(config.output_dir) / "rejected.jsonl"
@@ -291,7 +292,7 @@ def _without_leaks(train: list[Row], heldout: list[Row], rejected: list[Row]) ->
     left = []
     for number, row in enumerate(heldout):
         found = leaked.get(number, set())
-        own = {"dialogue_id": row["dialogue_id"], "reason": "near-duplicate of a training reply"}
+        own = {"dialogue_id": row["dialogue_id"], "reason": describe.LEAK_REASON}
         if found and len(found) == len(duplicates.units(row)):
             text = "\n".join(message["content"] for message in row["messages"])
             rejected.append({**own, "dropped": "dialogue", "text": text})

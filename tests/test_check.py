@@ -73,6 +73,36 @@ def test_what_would_spoil_the_training_stops_it(configs, values, name, detail):
         preflight("sft", configs("sft", **values))
 
 
+def test_of_files_that_are_sampled_whole_the_share_is_that_of_the_training(configs, tiny_llama, dataset, tmp_path):
+    """As `columns` counts it, for each file: 1 of 9 held-out rows is more than 5 %, and 1 of 24 training rows is not."""
+    tokenizer = load_tokenizer(str(tiny_llama))
+    folder = tmp_path / "data"
+    shutil.copytree(dataset, folder)
+
+    def lengthen(side):
+        lines = (dataset / f"dialogues_{side}.jsonl").read_text().split("\n")
+        row = json.loads(lines[0])
+        row["messages"][-1]["content"] = "i have a dog . " * 100
+        (folder / f"dialogues_{side}.jsonl").write_text("\n".join([json.dumps(row), *lines[1:]]))
+        shorter = [json.loads(line) for line in lines[1:] if line]
+        return max(len(row["input_ids"]) for row in sft_columns(shorter, tokenizer, 10**6))
+
+    limit = max(lengthen("train"), 200)
+    assert not failed(examine("sft", configs("sft", dataset=folder, max_length=limit)))
+    assert lengthen("heldout") <= limit
+    found = failed(examine("sft", configs("sft", dataset=folder, max_length=limit)))["length"]
+    assert found.startswith("2 of 33 sampled rows (6%)") and "allows 5%" in found
+
+
+def test_pairs_that_one_character_does_not_have_are_explained(configs, dataset, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(dataset, folder)
+    for path in folder.glob("preferences_*"):
+        path.unlink()
+    found = failed(examine("reward", configs("reward", dataset=folder)))
+    assert set(found) == {"data", "held-out"} and "Of one character it makes no pairs" in found["data"]
+
+
 def test_what_is_only_unwise_does_not_stop_it(configs, caplog):
     unwise = configs("sft", max_grad_norm=0, sample_steps=100, max_steps=5)
     assert failed(examine("sft", unwise)) == {
@@ -96,6 +126,8 @@ def test_an_adapter_of_another_chat_format_is_refused(configs, adapter, tiny_lla
     tokenizer.save_pretrained(adapter)
     assert "### system" in failed(examine("dpo", configs("dpo", sft_adapter=adapter)))["parent"]
     shutil.rmtree(adapter)
+    assert "an earlier stage makes it" in failed(examine("dpo", configs("dpo", sft_adapter=adapter)))["parent"]
+    adapter.mkdir()
     assert "no tokenizer" in failed(examine("dpo", configs("dpo", sft_adapter=adapter)))["parent"]
 
 
@@ -142,8 +174,8 @@ def test_the_dialogue_is_shown_with_its_trained_tokens_marked(configs):
     console = Console(width=200, record=True, file=io.StringIO())
     assert show("sft", configs("sft"), console) == []
     text = console.export_text()
-    assert "⟦i· have· a· dog· .·</s>·⟧" in text and "sft: all 12 items passed" in text
-    assert "0 of 33 sampled sequences (0%) are longer than `max_length` 256" in " ".join(text.split())
+    assert "⟦i have a dog .</s>⟧" in text and "sft: all 12 items passed" in text
+    assert "0 of 33 sampled rows (0%) are longer than `max_length` 256" in " ".join(text.split())
 
 
 def test_the_plan_is_shown_with_its_reasons(configs):
@@ -177,7 +209,12 @@ def test_the_command_ends_with_a_status(tiny_llama, dataset, tmp_path, capsys):
 def recipe(tiny_llama, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    shared = {"model_name_or_path": str(tiny_llama), "dataset": "runs/mine/prepare", "sample_steps": 1, "use_cpu": True}
+    shared = {
+        "model_name_or_path": str(tiny_llama),
+        "dataset": "runs/mine/prepare",
+        "sample_steps": 1,
+        "use_cpu": True,
+    }
     for stage in ("sft", "dpo"):
         more = {"sft_adapter": "runs/mine/sft"} if stage == "dpo" else {}
         (folder / f"{stage}.yaml").write_text(json.dumps({**shared, **more, "output_dir": f"runs/mine/{stage}"}))
@@ -188,7 +225,9 @@ def test_a_recipe_is_checked_stage_by_stage(recipe, dataset, capsys):
     main(["check", str(recipe), "--dataset", str(dataset), "--max_length=256"])
     shown = capsys.readouterr().out
     assert "sft: all 12 items passed" in shown and "dpo: all 13 items passed" in shown
-    assert "runs/mine/sft is made by an earlier stage" in shown and shown.endswith("pass sft\npass dpo\n")
+    assert "there is no runs/mine/sft yet; an earlier stage makes it" in shown and shown.endswith(
+        "pass sft\npass dpo\n"
+    )
     with pytest.raises(SystemExit) as end:
         main(["check", str(recipe), "--dataset", str(dataset), "--dpo.max_length", "30"])
     shown = capsys.readouterr().out

@@ -28,6 +28,9 @@ REJECTED = [
     {"reason": "near-duplicate", "dropped": "reply"},
     {"reason": "near-duplicate", "dropped": "reply"},
     {"reason": "every reply is a near-duplicate", "dropped": "dialogue"},
+    {"reason": "placeholder", "dropped": "dialogue"},
+    {"reason": "no good reply", "dropped": "dialogue"},
+    {"reason": "not JSON", "dropped": "dialogue"},
     {"reason": "stage direction", "dropped": "line"},
 ]
 
@@ -40,7 +43,7 @@ def test_counts():
         "replies": 5,
         "untrained_replies": 0,
     }
-    assert found["well_formed"] == 0.8  # one dialogue of five is rejected
+    assert found["well_formed"] == 1 - 1 / 8  # what is left out by rule has no fault of form
     assert found["formatting"] == {"markdown": 0.2, "lists": 0.2, "urls": 0.2, "tags": 0.2, "any": 0.8}
     assert found["sources"]["rows"] == {"mine": 3, "other": 1}
     assert found["personas"]["number"] == 2  # blind to case and spacing

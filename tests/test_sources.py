@@ -1198,7 +1198,9 @@ def test_the_real_conversations():
     rejected: list[dict] = []
     rows = list(question_answer(folder, rejected, **ADVISOR))
     assert len(rows) == 2025
-    longer = Counter({name: sum(isinstance(turns, list) and len(turns) > 2 for turns in of) for name, of in lists.items()})
+    longer = Counter(
+        {name: sum(isinstance(turns, list) and len(turns) > 2 for turns in of) for name, of in lists.items()}
+    )
     assert Counter(Path(e["file"]).name for e in rejected if e["dropped"] == "turns") == +longer - Counter(
         {"conversations.yml": longer["conversations.yml"]}
     )

@@ -106,7 +106,9 @@ def check_audit(
             f"ones: {found}. Balance the pairs (each length, word and opening chosen as often as rejected)"
         )
         if not force:
-            raise AuditError(f"{message}, or force them to be used: `force_audit: true`, on the command line --set prepare.force_audit=true.")
+            raise AuditError(
+                f"{message}, or force them to be used: `force_audit: true`, on the command line --set prepare.force_audit=true."
+            )
         logger.warning("%s. They are used all the same, since that is forced.", message)
     return cheaters
 

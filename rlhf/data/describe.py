@@ -16,12 +16,18 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.data.duplicates import DIALOGUE_REASON, REPLY_REASON
+from rlhf.data.quality import NO_GOOD_REPLY
+from rlhf.data.sources import FILTERED
 from rlhf.data.split import persona_key
 from rlhf.files import write_bytes
 
 PERCENTILES = (5, 25, 75, 95, 99)
 BINS = 40
 BATCH = 1_000  # replies tokenised at a time
+
+LEAK_REASON = "near-duplicate of a training reply"
+# Why a dialogue is left out in which nothing is malformed.
+WELL_FORMED = FILTERED | {NO_GOOD_REPLY, DIALOGUE_REASON, LEAK_REASON}
 
 # Share of the replies that hold one; a reply can count for several.
 FORMATTING: dict[str, re.Pattern[str]] = {
@@ -47,7 +53,7 @@ def describe(
 
     Returns:
         - "rows", "dialogues" (different `dialogue_id`), "replies" (the assistant's), "untrained_replies" ("train": False);
-        - "well_formed": rows / (rows + rejected dialogues), None without any;
+        - "well_formed": share of the rows and of the rejected dialogues without a fault of form, None without any;
         - "lengths": by name ("reply_characters", "user_characters", "dialogue_characters", "turns", and with a tokenizer
           "reply_tokens", "user_tokens") a [`summary`]; the persona and special tokens are not counted in;
         - "formatting": share of the replies with markdown, lists, URLs, markup tags, and with "any" of these;
@@ -87,13 +93,15 @@ def describe(
     for entry in rejected:
         reasons.setdefault(entry["dropped"], Counter())[entry["reason"]] += 1
     count, replies = len(lengths["turns"]), len(lengths["reply_characters"])
-    dropped = reasons.get("dialogue", Counter()).total()
+    whole = reasons.get("dialogue", Counter())
+    faulty = sum(number for reason, number in whole.items() if reason not in WELL_FORMED)
+    found = count + whole.total()
     return {
         "rows": count,
         "dialogues": len(dialogue_ids),
         "replies": replies,
         "untrained_replies": untrained,
-        "well_formed": count / (count + dropped) if count + dropped else None,
+        "well_formed": 1 - faulty / found if found else None,
         "lengths": {name: summary(values) for name, values in lengths.items()},
         "formatting": {name: formatting[name] / max(replies, 1) for name in (*FORMATTING, "any")},
         "sources": {"rows": dict(sources.most_common()), "imbalance": imbalance(sources.values())},
