@@ -1054,6 +1054,28 @@ def test_people_must_agree(tmp_path, votes, chosen):
         assert rows[0]["prompt"] == turn_list("Count.\n\na")
 
 
+def test_pairs_of_one_prompt_belong_together(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    records = [
+        PAIR,
+        PAIR | {"prompt": "ho ?"},
+        PAIR | {"chosen": "well , yes ."},
+        PAIR | {"id": "x", "chosen": "so ."},
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    assert [row["dialogue_id"] for row in preference(path, [])] == ["pairs-1", "pairs-2", "pairs-1", "pairs-x"]
+
+
+def test_a_pair_with_an_empty_reply_of_a_model_is_left_out_by_rule(tmp_path):
+    record = {"instruction": "Count.", "input": "", "response1": "one", "response2": " ", "annotator1": 1}
+    path = tmp_path / "votes.json"
+    path.write_text(json.dumps([record, record | {"instruction": None, "response2": "two"}]))
+    rejected: list[dict] = []
+    assert list(preference(path, rejected, persona=["i count ."])) == []
+    assert [entry["reason"] for entry in rejected] == ["a model gave no reply", "`instruction` is no text or blank"]
+    assert [entry["reason"] in sources.FILTERED for entry in rejected] == [True, False]
+
+
 def test_preference_columns_are_named_when_missing(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"prompt": "hi", "good": "yes", "bad": "no"}))

@@ -847,7 +847,8 @@ def preference(path: str | Path, rejected: list[Row], *, persona: Sequence[str] 
     - `instruction`, `input`, `response1`, `response2`, `annotator1`, ...: people's votes (0 tie, 1, 2), as in PandaLM's
       test set. More than half of them must agree on one response. The kind is "human".
 
-    The persona is the record's list `persona`, or the system message, one fact a line.
+    The persona is the record's list `persona`, or the system message, one fact a line. Records with the same prompt and
+    no id of their own share a `dialogue_id`.
 
     Args:
         persona: Facts for a record without a persona; without them it is rejected.
@@ -867,6 +868,7 @@ def _preferences(
         shapes = f"{(*PREFERENCE_COLUMNS, 'prompt')} or {(*HUMAN_CHOICE_COLUMNS, 'annotator1', '...')}"
         found = ", ".join(map(repr, columns)) or "no columns"
         raise DataError(f"`path`: {path} needs the columns {shapes}; found: {found}")
+    asked: dict[str, int] = {}  # the line of each prompt's first record: its pairs belong together
     for line, record in records:
         try:
             row = _voted(record) if voted else _stated(record)
@@ -875,7 +877,8 @@ def _preferences(
         except _Fault as fault:
             _reject(rejected, path, line, str(fault), "dialogue", json.dumps(record, default=str))
             continue
-        id = record.get("dialogue_id") or record.get("id") or line
+        first = asked.setdefault(json.dumps(row["prompt"]), line)
+        id = record.get("dialogue_id") or record.get("id") or first
         kind = "human" if voted else record.get("kind") or "given"
         yield {**row, "dialogue_id": f"{Path(path).stem}-{id}", "kind": str(kind)}
 
