@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from rlhf.data import audit, card, describe, duplicates, preferences, quality, sources, world
+from rlhf.data import audit, card, describe, duplicates, preferences, quality, scripts, sources, world
 from rlhf.data.sources import DataError, Row
 from rlhf.data.split import characters, split
 from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
@@ -44,7 +44,7 @@ FILE_ONLY = (
 READERS: dict[str, tuple[Callable[..., Iterator[Row]], tuple[str, ...]]] = {
     "synthetic_persona_chat": (sources.synthetic_persona_chat, ()),
     "convai2": (sources.convai2, ()),
-    "script": (sources.script, ("character", "persona")),
+    "script": (scripts.script, ("character", "persona")),
     "question_answer": (sources.question_answer, ("persona",)),
     "messages": (sources.messages, ("persona",)),
     "preference": (sources.preference, ("persona",)),

@@ -10,18 +10,17 @@ import datasets
 import pytest
 import yaml
 
-from rlhf.data import sources
+from rlhf.data import records, sources
 from rlhf.data.preferences import other_persona_pairs, prompts
+from rlhf.data.scripts import UnknownCharacterError, script
 from rlhf.data.sources import (
     DataError,
-    UnknownCharacterError,
     convai2,
     hub,
     jsonl,
     messages,
     preference,
     question_answer,
-    script,
     synthetic_persona_chat,
 )
 from rlhf.data.split import characters, persona_key, split
@@ -204,7 +203,7 @@ def test_a_read_is_tried_three_times_two_seconds_apart(tmp_path, monkeypatch, fa
         return content
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    monkeypatch.setattr(sources.time, "sleep", pauses.append)
+    monkeypatch.setattr(records.time, "sleep", pauses.append)
     if failures == 2:
         assert len(list(synthetic_persona_chat(path, []))) == 2
     else:
@@ -446,7 +445,7 @@ def test_the_real_file():
     ],
 )
 def test_a_blank_is_found(text):
-    assert sources._BLANK.search(text)
+    assert records.BLANK.search(text)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +466,7 @@ def test_a_blank_is_found(text):
     ],
 )
 def test_what_is_no_blank(text):
-    assert not sources._BLANK.search(text)
+    assert not records.BLANK.search(text)
 
 
 def test_jsonl_rows_may_carry_candidates_and_untrained_replies(tmp_path):
@@ -1103,7 +1102,7 @@ def loads(monkeypatch):
         return datasets.Dataset.from_list(answer)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(sources.time, "sleep", pauses.append)
+    monkeypatch.setattr(records.time, "sleep", pauses.append)
     return answers, calls, pauses
 
 

@@ -95,13 +95,13 @@ def describe(
     count, replies = len(lengths["turns"]), len(lengths["reply_characters"])
     whole = reasons.get("dialogue", Counter())
     faulty = sum(number for reason, number in whole.items() if reason not in WELL_FORMED)
-    found = count + whole.total()
+    total = count + whole.total()
     return {
         "rows": count,
         "dialogues": len(dialogue_ids),
         "replies": replies,
         "untrained_replies": untrained,
-        "well_formed": 1 - faulty / found if found else None,
+        "well_formed": 1 - faulty / total if total else None,
         "lengths": {name: summary(values) for name, values in lengths.items()},
         "formatting": {name: formatting[name] / max(replies, 1) for name in (*FORMATTING, "any")},
         "sources": {"rows": dict(sources.most_common()), "imbalance": imbalance(sources.values())},
