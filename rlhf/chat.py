@@ -186,12 +186,14 @@ def neutralise(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """`text` in which nothing is control any more, whatever the tokenizer and its template take for control.
 
     A space goes behind the first character of each special token and each tag of the template, again until none is
-    left; a special token of a single character becomes U+FFFD. Other text stays as it is.
+    left; a special token of a single character becomes U+FFFD, as does half a surrogate pair, which JSON can write and
+    no tokenizer reads. Other text stays as it is.
 
     Raises:
         ChatTemplateError: if the tokenizer throws the spaces away, so that nothing can be broken up.
     """
     control, normalizer = _form(tokenizer).control, _normalizer(tokenizer)
+    text = _SURROGATE.sub("\ufffd", text)
     for _ in range(_MAX_ROUNDS):
         if control.search(text):
             text = control.sub(lambda match: f"{match[0][0]} {match[0][1:]}" if len(match[0]) > 1 else "\ufffd", text)
@@ -242,6 +244,7 @@ _SYSTEM, _USER = (
 )
 _NEXT = {"role": "user", "content": "\ue003"}
 _MAX_ROUNDS = 1000
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def _form(tokenizer: PreTrainedTokenizerBase) -> _Form:

@@ -148,6 +148,14 @@ def test_too_many_rejected_dialogues_stop_the_stage(tmp_path):
     assert prepare(config(tmp_path, data, max_rejected_share=0.1))["rejected"] == {"unparseable line": 2}
 
 
+def test_what_is_left_out_by_rule_does_not_stop_the_stage(tmp_path):
+    blank = ("I ski.", "I teach.", "User 1: hi [name]\nUser 2: hello\nUser 1: bye")
+    data = write_csv(tmp_path / "chat.csv", [blank] * 5 + [conversation(number, 5) for number in range(20)])
+    assert prepare(config(tmp_path, data))["rejected"] == {"placeholder": 5}
+    with pytest.raises(DataError, match=re.escape("no dialogues in it that can be used: {'placeholder': 2}")):
+        prepare(config(tmp_path, write_csv(tmp_path / "blank.csv", [blank] * 2)))
+
+
 def test_rejections_after_the_last_dialogue_used_do_not_count(tmp_path):
     bad = ("I ski.", "I teach.", "User 1: hi\nAt the gym")
     data = write_csv(

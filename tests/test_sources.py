@@ -234,6 +234,8 @@ def test_jsonl_rows_come_back_as_they_are(tmp_path):
     [
         ("{", ["not JSON"]),
         ("[]", ["not a JSON object"]),
+        ("[" * 100_000, ["not JSON: nested too deeply"]),
+        ({"persona": ["a \ud800"]}, ["`persona` is no list of facts"]),
         ({"persona": []}, ["`persona` is no list of facts"]),
         ({"persona": "i ski"}, ["`persona` is no list of facts"]),
         ({"persona": ["a", " "]}, ["`persona` is no list of facts"]),
@@ -873,6 +875,7 @@ def test_of_a_list_that_may_be_answers_to_one_question_the_first_is_used(tmp_pat
         ("a.json", "3", "another JSON value"),
         ("a.json", '{"intents": 3}', "int"),
         ("a.json", "{", "a.json:1 is not JSON"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.yml", "- a\n", "no keys"),
         ("a.yml", "talks: []\n", "'talks'"),
         ("a.yml", "a: [\n", "is not YAML"),

@@ -30,6 +30,7 @@ BLANK = re.compile(
     re.IGNORECASE,
 )
 STAGE_DIRECTION = re.compile(r"\[.*\]|\(.*\)|\*.*\*")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class DataError(ValueError):
@@ -82,8 +83,8 @@ def reject(rejected: list[Row], file: str | Path, line: int, reason: str, droppe
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is a string that is not blank."""
-    return isinstance(value, str) and bool(value.strip())
+    """Whether it is a string that is not blank, without half a surrogate pair, which JSON can write and UTF-8 cannot."""
+    return isinstance(value, str) and bool(value.strip()) and not _SURROGATE.search(value)
 
 
 def checked_facts(persona: Sequence[str], needed: bool = True) -> list[str]:
@@ -165,6 +166,9 @@ def json_lines(path: str | Path, rejected: list[Row]) -> Iterator[tuple[int, str
         except json.JSONDecodeError as error:
             reject(rejected, path, number, f"not JSON: {error.msg} at character {error.pos}", "dialogue", line)
             continue
+        except RecursionError:
+            reject(rejected, path, number, "not JSON: nested too deeply", "dialogue", line)
+            continue
         if isinstance(value, dict):
             yield number, line, value
         else:
@@ -176,7 +180,7 @@ def _json_array(path: str | Path, text: str, rejected: list[Row]) -> Iterator[Re
     decoder = json.JSONDecoder()
     gap = re.compile(r"[\s,]*")
     at, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("[") + 1)
-    while text[(start := gap.match(text, at).end()) :][:1] not in ("]", ""):  # type: ignore[union-attr]
+    while not text.startswith("]", start := gap.match(text, at).end()):  # type: ignore[union-attr]
         line += text.count("\n", at, start)
         value, end = decoder.raw_decode(text, start)
         if isinstance(value, dict):
@@ -193,6 +197,8 @@ def load_json(path: str | Path, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno} is not JSON: {error.msg}. Name JSON lines *.jsonl.") from error
+    except RecursionError as error:
+        raise DataError(f"`path`: {path} is nested too deeply for JSON of any format here.") from error
 
 
 def read_records(path: str | Path, rejected: list[Row]) -> tuple[list[str], Iterable[Record]]:

@@ -404,7 +404,7 @@ def _yaml_conversations(path: str | Path, rejected: list[Row], facts: list[str])
         line = node.start_mark.line + 1
         turns = node.value if isinstance(node, yaml.SequenceNode) else []
         texts = [turn.value.strip() for turn in turns if isinstance(turn, yaml.ScalarNode)]
-        if not texts or len(texts) != len(turns) or not all(texts):
+        if not texts or len(texts) != len(turns) or not all(map(is_text, texts)):
             text = str(node.value) if isinstance(node, yaml.ScalarNode) else "\n".join(texts)
             reject(rejected, path, line, "not a list of texts, or one is blank", "dialogue", text)
             continue
