@@ -5,6 +5,7 @@
 One thread and a schedule in steps make the result bit-reproducible on one kind of CPU, also across a resume.
 """
 
+import hashlib
 import io
 import json
 import logging
@@ -222,6 +223,14 @@ def batches(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, start: i
         yield collate(order[step % POOL], pad)
 
 
+def corpus_hash(config: PretrainConfig) -> str:
+    """SHA-256 of all batches in the order of training, ids and loss mask: what the weights were made from."""
+    digest = hashlib.sha256()
+    for ids, mask in batches(config, build_tokenizer(), 0):
+        digest.update(ids.numpy().tobytes() + mask.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def loss_of(model: LlamaForCausalLM, ids: Tensor, mask: Tensor) -> Tensor:
     """Mean cross-entropy over the masked tokens; logits are made for these alone."""
     hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
@@ -355,7 +364,9 @@ def main(config: BaseConfig) -> None:
     """
     with stage("base", config.output_dir, [config], config.seed, config.log_level) as record:
         if config.retrain:
-            record.update(train(PretrainConfig(**{f.name: getattr(config, f.name) for f in fields(PretrainConfig)})))
+            asked = PretrainConfig(**{f.name: getattr(config, f.name) for f in fields(PretrainConfig)})
+            record["corpus_hash"] = corpus_hash(asked)
+            record.update(train(asked))
             record["result_hash"] = folder_hash(config.output_dir)
             return
         if config.shipped is None or not (Path(config.shipped) / "record.json").is_file():

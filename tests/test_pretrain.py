@@ -1,6 +1,8 @@
+import hashlib
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from rlhf.pretrain import (
     build_model,
     build_tokenizer,
     collate,
+    corpus_hash,
     encode,
     learning_rate_factor,
 )
@@ -218,6 +221,21 @@ def test_the_stage_trains_what_train_does(small, tmp_path):
     pretrain.train(PretrainConfig(str(tmp_path / "alone"), **{k: v for k, v in small.items() if k != "retrain"}))
     base, alone = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("base", "alone"))
     assert base == alone
+
+
+@pytest.mark.slow
+def test_the_shipped_base_was_made_from_this_corpus():
+    record = json.loads((BASE / "record.json").read_text())
+    assert corpus_hash(PretrainConfig("unused", **record["config"])) == record["corpus_hash"]
+
+
+def test_the_corpus_hash_is_that_of_the_batches():
+    config = PretrainConfig("unused", **{**TINY, "num_steps": 3, "short_steps": 1})
+    alone = hashlib.sha256()
+    for ids, mask in pretrain.batches(config, TOKENIZER, 0):
+        alone.update(ids.numpy().tobytes())
+        alone.update(mask.numpy().tobytes())
+    assert corpus_hash(config) == alone.hexdigest() != corpus_hash(replace(config, seed=config.seed + 1))
 
 
 def test_the_shipped_base_is_used_as_it_is_and_refused_when_altered(tmp_path):

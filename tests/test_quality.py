@@ -13,7 +13,6 @@ from rlhf.data.quality import (
     Standard,
     distinct_trigrams,
     faults,
-    good_pairs,
     mark_bad_replies,
     score,
     score_parts,
@@ -211,21 +210,6 @@ def test_a_reply_that_is_context_already_is_not_reported_again():
     assert len(rejected) == 1
 
 
-def test_the_chosen_reply_of_a_pair_must_be_good():
-    def pair(chosen: str, rejected: str) -> dict:
-        replies = {"chosen": chosen, "rejected": rejected}
-        said = {key: [{"role": "assistant", "content": text}] for key, text in replies.items()}
-        prompt = [{"role": "user", "content": "hi"}]
-        return {"persona": ["i ski ."], "prompt": prompt, **said, "dialogue_id": "p1", "kind": "given"}
-
-    good, bad = pair("I ski.", "..."), pair("[waves]", "I ski.")
-    rejected: list[dict] = []
-    assert list(good_pairs([good, bad], CHAT, "f", rejected)) == [good]
-    assert [(entry["turn"], entry["reason"], entry["text"]) for entry in rejected] == [
-        (2, "begins with [ or ends with ]", "[waves]")
-    ]
-
-
 def real(name: str) -> Path:
     if not (DATA / name).exists():
         pytest.skip(f"{DATA / name} is not there")
@@ -274,9 +258,9 @@ def test_real_short_answers_are_kept_but_are_no_experts():
 def test_real_model_answers_that_loop_are_found():
     path = real("pandalm_human_pref/testset-v1.json")
     rows = list(sources.preference(path, [], persona=["i am an assistant ."]))
-    rejected: list[dict] = []
-    assert len(list(good_pairs(rows, ANSWERS, path, rejected))) == 741 and len(rows) == 786
-    assert sum("goes round in circles" in entry["reason"] for entry in rejected) == 31
+    found = [faults(row["chosen"][-1]["content"], ANSWERS) for row in rows]
+    assert len(rows) == 786 and found.count([]) == 741
+    assert sum("goes round in circles" in reasons for reasons in found) == 31
 
 
 def test_the_world_has_no_faults_but_repetition_by_design():

@@ -170,15 +170,3 @@ def mark_bad_replies(rows: Iterable[Row], standard: Standard, file: str | Path, 
         else:
             entry = {"file": str(file), "dialogue_id": row["dialogue_id"], "turn": 1, "reason": NO_GOOD_REPLY}
             rejected.append(entry | {"dropped": "dialogue", "text": "\n".join(m["content"] for m in messages)})
-
-
-def good_pairs(rows: Iterable[Row], standard: Standard, file: str | Path, rejected: list[Row]) -> Iterator[Row]:
-    """Preference rows whose chosen reply has no [`faults`]; the other one may have any, it is what is not wanted."""
-    for row in rows:
-        text = row["chosen"][-1]["content"]
-        reasons = faults(text, standard)
-        if not reasons:
-            yield row
-            continue
-        entry = {"file": str(file), "dialogue_id": row["dialogue_id"], "turn": len(row["prompt"]) + 1}
-        rejected.append(entry | {"reason": "; ".join(reasons), "dropped": "dialogue", "text": text})
