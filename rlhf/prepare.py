@@ -353,6 +353,8 @@ def _remove_old(folder: Path) -> None:
     data = [f"{kind}_{side}.jsonl" for kind in KINDS for side in SIDES]
     for name in (*data, *NOT_DATA, "probes.jsonl", "statistics.json", "statistics.png"):
         (folder / name).unlink(missing_ok=True)
+    for left_over in folder.glob(".*.tmp"):  # by a run that was killed in a write
+        left_over.unlink()
 
 
 def main(config: PrepareConfig) -> None:

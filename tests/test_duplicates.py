@@ -2,6 +2,7 @@
 
 import difflib
 import random
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,12 @@ def test_difflibs_autojunk_would_miss_long_near_duplicates():
     assert [pair[:2] for pair in near_duplicates([(long, "yes"), (changed, "yes")])] == [(0, 1)]
 
 
+def test_a_text_longer_than_all_others_together():
+    long = "".join(random.Random(2).choices(LETTERS, k=20_000))
+    short = [(str(number), "good day") for number in range(100)]
+    assert (100, 101) in [pair[:2] for pair in near_duplicates([*short, (long, "yes"), (long[1_000:], "yes")])]
+
+
 def test_short_empty_and_strange_texts():
     units = [("", ""), ("", "a"), ("hi", "hello"), ("hi", "hello!"), ("\ud800", "\U0001f600 \0"), ("hi", "hallo")]
     # "hi\nhello" against "hi\nhello!": 16 / 17; against "hi\nhallo": 14 / 16; "\n" against "\na": 2 / 3
@@ -138,6 +145,10 @@ def test_another_answer_to_the_same_question_is_no_duplicate():
     rows = [row(1, question, "i am a farmer ."), row(2, question, "i am a student .")]
     assert len(near_duplicates([(question, "i am a farmer ."), (question, "i am a student .")])) == 1
     assert drop_duplicates(rows) == (rows, [])
+    # and does not hide that the third answer is the second
+    left, rejected = drop_duplicates([*rows, row(3, question, "i am a student !")])
+    assert left == rows
+    assert [found["dialogue_id"] for found in rejected[0]["duplicate_of"]] == ["d2"]
 
 
 def test_a_dialogue_of_duplicates_alone_is_dropped_with_the_reason():
@@ -206,8 +217,22 @@ def real_units(count):
     return rng.sample(list(dict.fromkeys(pairs)), count // 2) + rng.sample(list(dict.fromkeys(asked)), count // 2)
 
 
-def test_recall_and_precision_on_real_rows_with_planted_duplicates():
-    real = real_units(2_000)
+def generated_units(count):
+    """Units of words some of which are common and most rare, as in natural text (Zipf's law)."""
+    rng = random.Random(5)
+    words = ["".join(rng.choices(LETTERS[:20], k=rng.randint(1, 8))) for _ in range(3_000)]
+    weights = list(accumulate(1 / (rank + 3) for rank in range(len(words))))
+
+    def sentence():
+        return " ".join(rng.choices(words, cum_weights=weights, k=rng.randint(1, 16))) + rng.choice((" .", " ?"))
+
+    return list(dict.fromkeys((sentence(), sentence()) for _ in range(count)))
+
+
+@pytest.mark.parametrize("source", [real_units, generated_units])
+def test_recall_and_precision_with_planted_duplicates(source):
+    real = source(2_000)
+    assert len(real) == 2_000
     rng = random.Random(4)
     kinds = ("replace", "insert", "delete", "append", "case", "word")
     words = [word for unit in real for word in text(unit).split()]
