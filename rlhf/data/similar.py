@@ -44,9 +44,7 @@ _TRIGRAMS = 16_000  # looked up at a time: with 32 ranks of 2 bytes each 1 MB, w
 _PAIRS = 500_000  # verified at a time: about 100 MB
 
 
-def similar_pairs(
-    texts: Sequence[str], threshold: float, boundary: int | None = None
-) -> list[tuple[int, int, float]]:
+def similar_pairs(texts: Sequence[str], threshold: float, boundary: int | None = None) -> list[tuple[int, int, float]]:
     """The pairs of different texts whose ratio is above the threshold.
 
     Args:
@@ -187,8 +185,8 @@ def _trigrams(texts: Sequence[str]) -> tuple[NDArray[np.uint16], NDArray[np.bool
     lengths = np.array([len(text) for text in texts])
     width = lengths.max() + 4
     padded = "".join(("\0\0" + text).ljust(width, "\0") for text in texts)
-    letters = np.frombuffer(padded.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    letters = letters.astype(np.uint64).reshape(len(texts), width).T
+    codes = np.frombuffer(padded.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    letters = codes.astype(np.uint64).reshape(len(texts), width).T
     factors = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)  # odd, arbitrary
     mixed = letters[:-2] * factors[0] + letters[1:-1] * factors[1] + letters[2:] * factors[2]
     hashed = (((mixed ^ (mixed >> np.uint64(29))) * factors[0]) >> np.uint64(48)).astype(np.uint16)
