@@ -1,6 +1,6 @@
 """Evaluation of persona chatbots. `METRICS` says what each number is; the modules hold the definitions."""
 
-from math import inf
+from math import e, inf
 
 from evaluation.metric import Metric
 
@@ -67,6 +67,55 @@ METRICS: dict[str, Metric] = {
             "persona.py",
             "a content word in common, whole words by Porter stem; ConvAI2 humans 0.15",
         ),
+        *(
+            Metric(
+                f"persona_{name}",
+                "share of words",
+                0,
+                1,
+                None,
+                "reply",
+                "Lian et al. 2019 (PostKS), knowledge precision, recall, F1",
+                f"sets of whole words less our stop words, {of}, mean over replies; reciting wins it",
+            )
+            for name, of in (
+                ("precision", "of the reply's words those of the persona"),
+                ("recall", "of the persona's words those of the reply"),
+                ("f1", "harmonic mean in each reply"),
+            )
+        ),
+        Metric(
+            "persona_lift",
+            "share of persona sentences",
+            -1,
+            1,
+            None,
+            "reply",
+            "persona.py",
+            "fact_density less that of another character of the same rows, drawn by the seed; 0 ignores the persona",
+        ),
+        Metric(
+            "verbatim_facts",
+            "share of items",
+            0,
+            1,
+            True,
+            "corpus",
+            "persona.py",
+            "addresses, numbers in digits, capitalised names of the persona that the reference has too, whole in the reply",
+        ),
+        Metric(
+            "c_score",
+            "sentences entailed less contradicted",
+            -inf,
+            inf,
+            True,
+            "reply",
+            "Madotto et al. 2019 (PAML)",
+            "sum over persona sentences (hypothesis) of the reply's (premise) label 1, 0, -1, mean; one model "
+            "(run.nli_model) and one number of persona sentences",
+            ordinal=True,
+        ),
         Metric(
             "perplexity_token",
             "exp(nats per token)",
@@ -96,6 +145,17 @@ METRICS: dict[str, Metric] = {
             "corpus",
             "lm-evaluation-harness 4e7e0d4, bits_per_byte",
             "same sum of nats, bytes of the original text",
+        ),
+        Metric(
+            "hits_at_1",
+            "share of replies",
+            0,
+            1,
+            True,
+            "reply",
+            "Dinan et al. 2019 (ConvAI2), hits@1/20",
+            "gold among its candidates by mean log-probability a token with end of turn; one number of candidates "
+            "(run.candidates), chance is 1 in that number",
         ),
         Metric(
             "bleu",
@@ -144,6 +204,16 @@ METRICS: dict[str, Metric] = {
             for n in (1, 2)
         ),
         Metric(
+            "ead",
+            "different / expected words",
+            0,
+            e / (e - 1),
+            True,
+            "corpus",
+            "Liu et al. 2022",
+            "all words, ParlAI normalisation, vocabulary of 19,304 for every system; sizes of the same order",
+        ),
+        Metric(
             "question_rate",
             "share of replies",
             0,
@@ -152,6 +222,46 @@ METRICS: dict[str, Metric] = {
             "reply",
             "See et al. 2019",
             "a question mark in the reply; ConvAI2 humans 0.29",
+        ),
+        Metric(
+            "follow_up_rate",
+            "share of replies",
+            0,
+            1,
+            None,
+            "reply",
+            "engagement.py",
+            "a question with a content word of the user's last turn, of replies to turns that have one",
+        ),
+        Metric(
+            "uptake",
+            "share of the user's words",
+            0,
+            1,
+            None,
+            "reply",
+            "engagement.py",
+            "content words of the user's last turn, by Porter stem, that the reply has too",
+        ),
+        Metric(
+            "mean_idf",
+            "nats per word",
+            0,
+            inf,
+            None,
+            "corpus",
+            "engagement.py",
+            "low is generic; frequencies from the turns and references of the same data, ParlAI normalisation",
+        ),
+        Metric(
+            "engagement_score",
+            "weighted flags",
+            0,
+            1,
+            None,
+            "reply",
+            "keyword flags by substring",
+            "no measure of quality: 'understand? !no' has 0.91, ConvAI2 humans 0.22",
         ),
         Metric(
             "length_words",
@@ -164,6 +274,46 @@ METRICS: dict[str, Metric] = {
             "white-space pieces with a letter or digit; ConvAI2 humans 10.2",
         ),
         Metric(
+            "length_ratio",
+            "words per word of the reference",
+            0,
+            inf,
+            None,
+            "corpus",
+            "engagement.py",
+            "sum of reply words / sum of reference words; 1 is the human length",
+        ),
+        Metric(
+            "sentence_words",
+            "words per sentence",
+            0,
+            inf,
+            None,
+            "corpus",
+            "style.py",
+            "sentences end at . ! ?; lay it beside the references' own",
+        ),
+        Metric(
+            "punctuation_rate",
+            "marks per word",
+            0,
+            inf,
+            None,
+            "corpus",
+            "style.py",
+            "every character that is neither letter, digit nor space",
+        ),
+        Metric(
+            "capital_rate",
+            "share of sentences",
+            0,
+            1,
+            None,
+            "corpus",
+            "style.py",
+            "first letter of the sentence is a capital",
+        ),
+        Metric(
             "repetition",
             "share of 4-grams",
             0,
@@ -172,6 +322,23 @@ METRICS: dict[str, Metric] = {
             "corpus",
             "Welleck et al. 2020",
             "4-grams said before in the reply or in an earlier own turn of the dialogue; ConvAI2 humans 0.003",
+        ),
+        *(
+            Metric(
+                f"repetition_{name}",
+                "share of 4-grams",
+                0,
+                1,
+                better,
+                "corpus",
+                f"Welleck et al. 2020{where}",
+                protocol,
+            )
+            for name, better, where, protocol in (
+                ("within", False, ", lrep-4", "said before in the same reply; ConvAI2 humans 0.000"),
+                ("across", False, "", "said in an earlier own turn of the dialogue; ConvAI2 humans 0.003"),
+                ("context", None, ", crep-4", "found in the persona or the history"),
+            )
         ),
     )
 }

@@ -1,18 +1,26 @@
-"""Confidence intervals: cluster bootstrap, Wilson interval, paired difference.
+"""Confidence intervals, paired tests and effect sizes.
 
-Turns of one dialogue (probes of one persona) are not independent, so the unit of resampling is the cluster, never the
-reply (Miller 2024, "Adding error bars to evals", arXiv:2411.00640). All intervals are two-sided 95 %.
+Turns of one dialogue (probes of one persona) are not independent, so the unit that is resampled, or swapped between two
+systems, is the cluster, never the reply (Miller 2024, "Adding error bars to evals", arXiv:2411.00640). All intervals
+are two-sided 95 %, all tests two-sided.
+
+A number is a function of sums: each reply has a few sufficient statistics, they are added up over the corpus, and
+`statistic` makes the number of the totals. For a mean these are the value and 1, for BLEU ten counts.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 NUM_RESAMPLES = 2000
+NUM_TRIALS = 10_000  # of the randomisation test, as sacrebleu's
 Z_95 = 1.959963984540054  # 97.5 % point of the standard normal distribution
 CHUNK_ELEMENTS = 4_000_000  # resample counts held at once, so that memory does not grow with the corpus
+
+Statistic = Callable[[np.ndarray], np.ndarray]  # totals (..., k) -> numbers (...)
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Interval(NamedTuple):
@@ -21,6 +29,13 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+
+def ratio(totals: np.ndarray) -> np.ndarray:
+    """First total / second total; NaN where the second is 0."""
+    numerators, denominators = totals[..., 0], totals[..., 1]
+    missing = np.full(np.shape(numerators), np.nan)
+    return np.divide(numerators, denominators, out=missing, where=denominators != 0)
 
 
 def cluster_sums(statistics: np.ndarray, clusters: Sequence[Hashable]) -> np.ndarray:
@@ -65,6 +80,59 @@ def _percentile_interval(value: float, resampled: np.ndarray, num_clusters: int)
     return Interval(value, float(low), float(high))
 
 
+def bootstrap_together(
+    measures: Mapping[Key, tuple[np.ndarray, Statistic]],
+    clusters: Sequence[Hashable],
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> dict[Key, Interval]:
+    """Percentile bootstrap over clusters of several numbers of the same rows, from one set of resamples.
+
+    Drawing costs more than multiplying, so twenty numbers take little longer than one. Each interval is the one that
+    the number would have alone.
+
+    Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13 (percentile interval).
+
+    Args:
+        measures: for each number its statistics ``(n, k)``, one row a reply, and what makes the number of their totals.
+        clusters: the dialogue or persona of each row.
+
+    Returns:
+        An `Interval` each; the bounds are NaN when there is one cluster only. A resample that has no value (a ratio
+        whose denominators add up to 0) does not count.
+
+    Raises:
+        ValueError: on empty, unequal or non-finite input, or when a number has no value.
+    """
+    names = list(measures)
+    arrays = [np.asarray(statistics, dtype=np.float64) for statistics, _ in measures.values()]
+    sums = cluster_sums(np.concatenate(arrays, axis=1), clusters)
+    totals = np.concatenate(list(_resampled_totals(sums, num_resamples, seed)))
+    intervals, start = {}, 0
+    for name, array in zip(names, arrays, strict=True):
+        columns = slice(start, start := start + array.shape[1])
+        statistic = measures[name][1]
+        value = float(statistic(sums[:, columns].sum(axis=0)))
+        if math.isnan(value):
+            raise ValueError(f"{name!r} has no value: its `denominators` add up to 0.")
+        resampled = statistic(totals[:, columns])
+        if resampled.shape != (num_resamples,):
+            raise ValueError(f"the `statistic` of {name!r} must map totals (b, k) to (b,), got {resampled.shape}.")
+        intervals[name] = _percentile_interval(value, resampled[~np.isnan(resampled)], len(sums))
+    return intervals
+
+
+def bootstrap_statistic(
+    statistics: np.ndarray,
+    clusters: Sequence[Hashable],
+    statistic: Statistic,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """[`bootstrap_together`] of one number."""
+    return bootstrap_together({"statistics": (statistics, statistic)}, clusters, num_resamples, seed)["statistics"]
+
+
 def cluster_bootstrap(
     numerators: Sequence[float] | np.ndarray,
     denominators: Sequence[float] | np.ndarray,
@@ -72,49 +140,11 @@ def cluster_bootstrap(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap over clusters of ``sum(numerators) / sum(denominators)`` (a mean has denominators of 1).
-
-    Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13 (percentile interval).
-
-    Args:
-        numerators, denominators: one number a row, any unit.
-        clusters: the dialogue or persona of each row.
-
-    Returns:
-        `Interval`; the bounds are NaN when there is one cluster only. A resample whose denominators add up to 0 has no
-        value and does not count.
-
-    Raises:
-        ValueError: on empty, unequal or non-finite input, or when the denominators add up to 0.
-    """
+    """[`bootstrap_together`] of ``sum(numerators) / sum(denominators)``; a mean has denominators of 1."""
     if len(numerators) != len(denominators):
         raise ValueError(f"`numerators` has {len(numerators)} entries, `denominators` {len(denominators)}.")
     pairs = np.stack([np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)], axis=1)
-    sums = cluster_sums(pairs, clusters)
-    numerator, denominator = sums.sum(axis=0)
-    if denominator == 0:
-        raise ValueError("`denominators` add up to 0: the ratio is not defined.")
-    totals = np.concatenate(list(_resampled_totals(sums, num_resamples, seed)))
-    totals = totals[totals[:, 1] != 0]
-    return _percentile_interval(float(numerator / denominator), totals[:, 0] / totals[:, 1], len(sums))
-
-
-def bootstrap_statistic(
-    statistics: np.ndarray,
-    clusters: Sequence[Hashable],
-    statistic: Callable[[np.ndarray], float],
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """As `cluster_bootstrap`, for any corpus number that is a function of summed sufficient statistics (BLEU).
-
-    Args:
-        statistics: ``(n, k)``, one row a reply.
-        statistic: maps the totals ``(k,)`` to the number.
-    """
-    sums = cluster_sums(statistics, clusters)
-    resampled = [statistic(total) for chunk in _resampled_totals(sums, num_resamples, seed) for total in chunk]
-    return _percentile_interval(float(statistic(sums.sum(axis=0))), np.array(resampled), len(sums))
+    return bootstrap_statistic(pairs, clusters, ratio, num_resamples, seed)
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
@@ -132,23 +162,60 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
+def wilson_at_the_edge(interval: Interval, num_clusters: int) -> Interval:
+    """The interval of a rate, mended where every row is 0 or every row is 1.
+
+    There the bootstrap has zero width, and the Wilson interval with n = number of clusters (the cautious count) takes
+    its place.
+    """
+    if interval.value in (0.0, 1.0):
+        return Interval(interval.value, *wilson(interval.value * num_clusters, num_clusters))
+    return interval
+
+
 def rate_interval(
     successes: Sequence[float] | np.ndarray,
     clusters: Sequence[Hashable],
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Interval of the mean of values in [0, 1], one a row.
-
-    Cluster bootstrap; where every row is 0 or every row is 1 the bootstrap has zero width, and the Wilson interval
-    with n = number of clusters (the cautious count) takes its place.
-    """
+    """Interval of the mean of values in [0, 1], one a row: cluster bootstrap, and Wilson at the edge."""
     successes = np.asarray(successes, dtype=np.float64)
     interval = cluster_bootstrap(successes, np.ones(len(successes)), clusters, num_resamples, seed)
-    if interval.value in (0.0, 1.0):
-        num_clusters = len(set(clusters))
-        return Interval(interval.value, *wilson(interval.value * num_clusters, num_clusters))
-    return interval
+    return wilson_at_the_edge(interval, len(set(clusters)))
+
+
+# -- two systems on the same items -------------------------------------------------------------------------------------
+
+
+def _paired_sums(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    if np.shape(a) != np.shape(b):
+        raise ValueError(f"`a` has {len(a)} entries, `b` {len(b)}: a paired test needs the same items in both.")
+    sums = cluster_sums(np.concatenate([a, b], axis=1), clusters)
+    return sums[:, : a.shape[1]], sums[:, a.shape[1] :]
+
+
+def paired_bootstrap(
+    a: np.ndarray,
+    b: np.ndarray,
+    clusters: Sequence[Hashable],
+    statistic: Statistic = ratio,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap interval of ``statistic(a) - statistic(b)``, row i of both being two systems on the same item.
+
+    Both systems are resampled together, so what an item costs either of them cancels out.
+
+    Args:
+        a, b: statistics ``(n, k)``, one row an item.
+    """
+    k = np.shape(a)[1]
+    _paired_sums(a, b, clusters)  # refuses what does not pair up
+    both = np.concatenate([a, b], axis=1)
+    return bootstrap_statistic(
+        both, clusters, lambda totals: statistic(totals[..., :k]) - statistic(totals[..., k:]), num_resamples, seed
+    )
 
 
 def paired_difference(
@@ -158,11 +225,95 @@ def paired_difference(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Bootstrap interval of ``mean(a) - mean(b)``, where `a[i]` and `b[i]` are two systems on the same item.
-
-    Both systems are resampled together, so what an item costs either of them cancels out.
-    """
+    """[`paired_bootstrap`] of ``mean(a) - mean(b)``, values one an item."""
     if len(a) != len(b):
         raise ValueError(f"`a` has {len(a)} entries, `b` {len(b)}: a paired difference needs the same items in both.")
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    return cluster_bootstrap(difference, np.ones(len(difference)), clusters, num_resamples, seed)
+    return paired_bootstrap(with_ones(a), with_ones(b), clusters, ratio, num_resamples, seed)
+
+
+def with_ones(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The sufficient statistics ``(n, 2)`` of a mean: each value, and 1."""
+    values = np.asarray(values, dtype=np.float64)
+    return np.stack([values, np.ones(len(values))], axis=1)
+
+
+def randomisation_test(
+    a: np.ndarray,
+    b: np.ndarray,
+    clusters: Sequence[Hashable],
+    statistic: Statistic = ratio,
+    num_trials: int = NUM_TRIALS,
+    seed: int = 0,
+) -> float:
+    """Two-sided p by approximate randomisation that ``statistic(a)`` and ``statistic(b)`` differ by chance alone.
+
+    Were the systems the same, swapping their replies within a cluster would change nothing. In each trial every
+    cluster is swapped with probability 1/2; ``p = (c + 1) / (num_trials + 1)``, c the trials whose difference is at
+    least as large as the one observed. A trial that ties with it counts (sacrebleu's does not): on rates, where ties
+    are frequent, leaving them out gives too many false alarms. A trial in which a number has no value counts too.
+
+    Source: Noreen 1989, "Computer-Intensive Methods for Testing Hypotheses"; Riezler & Maxwell 2005.
+
+    Args:
+        a, b: statistics ``(n, k)``, one row an item, the same items in both.
+    """
+    sums_a, sums_b = _paired_sums(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64), clusters)
+    difference, total_a, total_b = sums_b - sums_a, sums_a.sum(axis=0), sums_b.sum(axis=0)
+    observed = abs(float(statistic(total_a) - statistic(total_b)))
+    if math.isnan(observed):
+        raise ValueError("`a` or `b` has no value: its `denominators` add up to 0.")
+    floor = observed - 1e-9 * max(1.0, observed)  # sums in another order differ in the last bits
+    rng, as_large = np.random.default_rng(seed), 0
+    chunk = max(1, CHUNK_ELEMENTS // len(difference))
+    for start in range(0, num_trials, chunk):
+        rows = min(chunk, num_trials - start)
+        moved = rng.integers(2, size=(rows, len(difference)), dtype=np.int8) @ difference
+        found = np.abs(statistic(total_a + moved) - statistic(total_b - moved))
+        as_large += int((~(found < floor)).sum())
+    return (as_large + 1) / (num_trials + 1)
+
+
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
+    """p-values adjusted for testing all of them: the chance of one false alarm or more among them stays below 5 %.
+
+    Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    adjusted: dict[Key, float] = {}
+    largest = 0.0
+    for rank, key in enumerate(sorted(p_values, key=lambda key: p_values[key])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[key]))
+        adjusted[key] = largest
+    return {key: adjusted[key] for key in p_values}
+
+
+def paired_d(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> float:
+    """d_z = mean / standard deviation (n - 1) of the clusters' differences of means (Cohen 1988; Lakens 2013).
+
+    The unit is the cluster here too, so that many turns of few dialogues do not shrink the deviation. NaN for fewer
+    than two clusters with rows, or when all differences are the same.
+
+    Args:
+        a, b: statistics ``(n, 2)`` of two ratios or means, one row an item.
+    """
+    sums_a, sums_b = _paired_sums(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64), clusters)
+    differences = ratio(sums_a) - ratio(sums_b)
+    differences = differences[~np.isnan(differences)]
+    if len(differences) < 2 or np.ptp(differences) <= 1e-12 * np.abs(differences).max():
+        return math.nan
+    return float(differences.mean() / differences.std(ddof=1))
+
+
+def cliffs_delta(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
+    """Chance that a value of `a` is above one of `b`, less the chance that it is below (Cliff 1993). In [-1, 1].
+
+    For ordinal values, whose differences mean nothing.
+
+    Raises:
+        ValueError: when either is empty.
+    """
+    if not len(a) or not len(b):
+        raise ValueError(f"`a` has {len(a)} values, `b` {len(b)}: both need one.")
+    ordered = np.sort(np.asarray(b, dtype=np.float64))
+    below = np.searchsorted(ordered, a, side="left").sum()
+    above = (len(ordered) - np.searchsorted(ordered, a, side="right")).sum()
+    return float(below - above) / (len(a) * len(ordered))

@@ -22,3 +22,10 @@ class Metric:
     """Paper or upstream code of the definition."""
     protocol: str
     """What must be equal for two values to be comparable."""
+    ordinal: bool = False
+    """Single values are ranks rather than quantities: a difference of two is measured by Cliff's delta."""
+
+    @property
+    def is_rate(self) -> bool:
+        """A share of yes-or-no cases: Wilson's interval at 0 and 1, risk difference for its effect size."""
+        return self.unit in ("share of replies", "share of facts")

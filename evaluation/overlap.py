@@ -6,7 +6,7 @@ nonsense reply reaches F1 20.49 on ConvAI2. Read these numbers beside such floor
 
 import re
 from collections import Counter
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
@@ -22,7 +22,12 @@ def normalize(text: str) -> list[str]:
 
     Source: ParlAI a29567f, parlai/core/metrics.py, `normalize_answer`. "don't" becomes "don", "t".
     """
-    return _ARTICLES.sub(" ", _PUNCTUATION.sub(" ", text.lower())).split()
+    return list(_normalized(text))
+
+
+@lru_cache(maxsize=2**16)  # a turn is looked at once for itself and once in each later history
+def _normalized(text: str) -> tuple[str, ...]:
+    return tuple(_ARTICLES.sub(" ", _PUNCTUATION.sub(" ", text.lower())).split())
 
 
 def f1(response: str, reference: str) -> float:
@@ -39,13 +44,16 @@ def f1(response: str, reference: str) -> float:
 
 
 @cache
-def _rouge_scorer() -> RougeScorer:
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+def _rouge_scorer(use_stemmer: bool) -> RougeScorer:
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=use_stemmer)
 
 
-def rouge(response: str, reference: str) -> dict[str, float]:
-    """F-measures `rouge1`, `rouge2`, `rougeL` in [0, 1] of one reply, no stemmer (Lin 2004; rouge_score 0.1.2)."""
-    return {name: score.fmeasure for name, score in _rouge_scorer().score(reference, response).items()}
+def rouge(response: str, reference: str, use_stemmer: bool = False) -> dict[str, float]:
+    """F-measures `rouge1`, `rouge2`, `rougeL` in [0, 1] of one reply (Lin 2004; rouge_score 0.1.2).
+
+    The metrics of METRICS are without the stemmer; with it (Porter, words of 4 letters or more) they do not compare.
+    """
+    return {name: score.fmeasure for name, score in _rouge_scorer(use_stemmer).score(reference, response).items()}
 
 
 @cache
@@ -60,11 +68,19 @@ def bleu_statistics(response: str, reference: str) -> np.ndarray:
     return np.array([*score.counts, *score.totals, score.sys_len, score.ref_len], dtype=np.float64)
 
 
-def bleu_from_statistics(totals: np.ndarray) -> float:
-    """Corpus BLEU-4 in 0-100 from summed `bleu_statistics`, exponential smoothing of zero counts as sacrebleu does."""
-    counts = [int(total) for total in totals]
-    score = BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9], smooth_method="exp").score
-    return min(score, 100.0)  # sacrebleu's logarithms make 100.00000000000004 of a perfect match
+def bleu_from_statistics(totals: np.ndarray) -> np.ndarray:
+    """Corpus BLEU-4 in 0-100 from summed `bleu_statistics`, ``(..., 10)`` -> ``(...)``.
+
+    Exponential smoothing of zero counts as sacrebleu does it. Counts need not be whole: several decodings of one prompt
+    are averaged before they are summed.
+    """
+
+    def one(totals: np.ndarray) -> float:
+        counts = [round(total) for total in totals.tolist()]
+        score = BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9], smooth_method="exp").score
+        return min(score, 100.0)  # sacrebleu's logarithms make 100.00000000000004 of a perfect match
+
+    return np.apply_along_axis(one, -1, totals)
 
 
 def bleu(responses: list[str], references: list[str]) -> tuple[float, str]:
@@ -80,6 +96,11 @@ def bleu(responses: list[str], references: list[str]) -> tuple[float, str]:
     metric = _bleu(effective_order=False)
     score = metric.corpus_score(responses, [references]).score
     return min(score, 100.0), str(metric.get_signature())
+
+
+def bleu_signature() -> str:
+    """What sacrebleu prints so that two BLEU values can be told to be comparable."""
+    return bleu([""], [""])[1]
 
 
 def bleu_per_reply(response: str, reference: str) -> float:

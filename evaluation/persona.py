@@ -4,8 +4,10 @@ The keyword score is kept because it is what keyword matching usually means. It 
 the whole persona scores 1, denying a fact scores as asserting it, human replies on ConvAI2 score 0.11.
 """
 
-from collections.abc import Sequence
-from functools import cache
+import re
+from collections.abc import Collection, Sequence
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 from rouge_score.tokenizers import DefaultTokenizer
 
@@ -28,20 +30,41 @@ UNINFORMATIVE = STOP_WORDS | frozenset(_GENERIC_WORDS.split())
 MIN_KEYWORD_LENGTH = 4
 
 
-def keyword_score(persona: Sequence[str], reply: str) -> float:
-    """Share of persona sentences of which a word longer than 3 letters, no stop word, is a SUBSTRING of the reply.
+class Overlap(NamedTuple):
+    """Precision, recall and their harmonic mean, in [0, 1]."""
 
-    In [0, 1]. "start" counts inside "started" and in "no fresh start" alike: the definition in use.
+    precision: float
+    recall: float
+    f1: float
+
+
+def keyword_score(
+    persona: Sequence[str],
+    reply: str,
+    *,
+    min_length: int = MIN_KEYWORD_LENGTH,
+    stop_words: Collection[str] = STOP_WORDS,
+    whole_words: bool = False,
+) -> float:
+    """Share of persona sentences of which a word of `min_length` letters or more, no stop word, is in the reply.
+
+    In [0, 1]. By default the word may be a SUBSTRING: "start" counts inside "started" and in "no fresh start" alike.
+    This is the definition in use, and the one of the metric `keyword_score`; `whole_words` asks for the word itself.
 
     Raises:
         ValueError: when the persona is empty.
     """
     reply = reply.lower()
+    spoken: Collection[str] = set(map(_bare, reply.split())) if whole_words else reply
     hits = 0
     for sentence in _checked(persona):
-        words = (word.strip(".,!?;:'\"()") for word in sentence.lower().split())
-        hits += any(len(word) >= MIN_KEYWORD_LENGTH and word not in STOP_WORDS and word in reply for word in words)
+        words = map(_bare, sentence.lower().split())
+        hits += any(len(word) >= min_length and word not in stop_words and word in spoken for word in words)
     return hits / len(persona)
+
+
+def _bare(word: str) -> str:
+    return word.strip(".,!?;:'\"()")
 
 
 def fact_density(persona: Sequence[str], reply: str) -> float:
@@ -50,22 +73,38 @@ def fact_density(persona: Sequence[str], reply: str) -> float:
     Descriptive: 0 ignores the persona, and far above the human value is reciting it. Content words are all but
     `UNINFORMATIVE`.
     """
-    spoken = _stems(reply)
-    return sum(not spoken.isdisjoint(_stems(sentence)) for sentence in _checked(persona)) / len(persona)
+    spoken = content_stems(reply)
+    return sum(not spoken.isdisjoint(content_stems(sentence)) for sentence in _checked(persona)) / len(persona)
+
+
+def persona_lift(persona: Sequence[str], other: Sequence[str], reply: str) -> float:
+    """`fact_density` of the own persona less that of another one: what the reply owes to its persona. In [-1, 1]."""
+    return fact_density(persona, reply) - fact_density(other, reply)
+
+
+def persona_overlap(persona: Sequence[str], reply: str) -> Overlap:
+    """Precision, recall and F1 of the reply's words against the words of all persona sentences, stop words left out.
+
+    Both sides are sets of whole words without stemming. 0 where nothing is shared, as in an empty reply.
+    Source: Lian et al. 2019 (PostKS), IJCAI, knowledge recall, precision and F1; the corpus value is the mean.
+    """
+    known = {word for sentence in _checked(persona) for word in _words(sentence)} - STOP_WORDS
+    spoken = set(_words(reply)) - STOP_WORDS
+    shared = len(known & spoken)
+    if not shared:
+        return Overlap(0.0, 0.0, 0.0)
+    precision, recall = shared / len(spoken), shared / len(known)
+    return Overlap(precision, recall, 2 * precision * recall / (precision + recall))
 
 
 def copied_share(persona: Sequence[str], reply: str, min_run: int = 4) -> float:
     """Share of the reply's words that lie in a run of at least `min_run` words of one persona sentence; 0 if empty."""
-    words = _tokenizer(stem=False).tokenize(reply)
-    runs = {
-        tuple(sentence[i : i + min_run])
-        for sentence in map(_tokenizer(stem=False).tokenize, persona)
-        for i in range(len(sentence) - min_run + 1)
-    }
+    words = _words(reply)
+    runs = {sentence[i : i + min_run] for sentence in map(_words, persona) for i in range(len(sentence) - min_run + 1)}
     copied = {
         position
         for start in range(len(words) - min_run + 1)
-        if tuple(words[start : start + min_run]) in runs
+        if words[start : start + min_run] in runs
         for position in range(start, start + min_run)
     }
     return len(copied) / len(words) if words else 0.0
@@ -76,14 +115,57 @@ def is_copy(persona: Sequence[str], reply: str) -> bool:
     return copied_share(persona, reply) > 0.5
 
 
+# -- what must be kept letter by letter --------------------------------------------------------------------------------
+
+_URL = r"(?:https?://|www\.)[^\s<>\"]*[^\s<>\".,;:!?)\]']|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
+_NUMBER = r"(?<![\w.,:/-])\d+(?:[.,:/-]\d+)*%?(?!\w)"
+# A capital within a sentence; the first word of one has it anyway, and "I" is no name.
+_NAME = r"(?<=[a-z0-9,;] )(?:[A-Z][\w'’-]+)(?: [A-Z][\w'’-]+)*"
+_VERBATIM = re.compile(f"{_URL}|{_NUMBER}|{_NAME}")
+
+
+def verbatim_items(text: str) -> set[str]:
+    """Addresses, numbers in digits and capitalised names of a text, as they are written there."""
+    return set(_VERBATIM.findall(text))
+
+
+def verbatim_kept(persona: Sequence[str], reference: str, reply: str) -> tuple[int, int]:
+    """(kept, called for) items that the persona has and the reference shows to be wanted here.
+
+    An item is kept if the reply has it whole and in the same writing: "www.example.org/ap" does not keep
+    "www.example.org/apply", and "1995" does not keep "19".
+    """
+    wanted = {item for sentence in persona for item in verbatim_items(sentence)}
+    wanted = {item for item in wanted if _stands_in(item, reference)}
+    return sum(_stands_in(item, reply) for item in wanted), len(wanted)
+
+
+def _stands_in(item: str, text: str) -> bool:
+    return re.search(rf"(?<![\w/@.-])(?<!\d[,:]){re.escape(item)}(?![\w/@%-]|[.,:?=&]\w)", text) is not None
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=2**16)  # the sentences of a persona come back with each of its replies
+def content_stems(text: str) -> frozenset[str]:
+    """Porter stems of the words of a text that are not `UNINFORMATIVE`."""
+    return frozenset(_stem(word) for word in _words(text) if word not in UNINFORMATIVE)
+
+
+@lru_cache(maxsize=2**16)
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_tokenizer(stem=False).tokenize(text))
+
+
+@lru_cache(maxsize=2**16)
+def _stem(word: str) -> str:
+    return _tokenizer(stem=True).tokenize(word)[0]
+
+
 @cache
 def _tokenizer(stem: bool) -> DefaultTokenizer:
     return DefaultTokenizer(use_stemmer=stem)
-
-
-def _stems(text: str) -> set[str]:
-    words = (word for word in _tokenizer(stem=False).tokenize(text) if word not in UNINFORMATIVE)
-    return set(_tokenizer(stem=True).tokenize(" ".join(words)))
 
 
 def _checked(persona: Sequence[str]) -> Sequence[str]:

@@ -5,19 +5,52 @@ import hashlib
 import json
 import logging
 import math
+import random
 from collections.abc import Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from evaluation import METRICS
-from evaluation.diversity import distinct_interval, repetition
-from evaluation.engagement import has_question, length_words
-from evaluation.intervals import NUM_RESAMPLES, Interval, bootstrap_statistic, cluster_bootstrap, rate_interval
-from evaluation.overlap import ROUGE_SIGNATURE, bleu, bleu_from_statistics, bleu_statistics, f1, normalize, rouge
-from evaluation.persona import fact_density, is_copy, keyword_score
+from evaluation.diversity import EAD_VOCABULARY, distinct_interval, ead_interval, repetition, taken_from
+from evaluation.engagement import (
+    engagement_score,
+    has_question,
+    information,
+    inverse_document_frequencies,
+    is_follow_up,
+    length_words,
+    uptake,
+)
+from evaluation.intervals import (
+    NUM_RESAMPLES,
+    Interval,
+    Statistic,
+    bootstrap_together,
+    ratio,
+    wilson_at_the_edge,
+    with_ones,
+)
+from evaluation.overlap import (
+    ROUGE_SIGNATURE,
+    bleu_from_statistics,
+    bleu_signature,
+    bleu_statistics,
+    f1,
+    normalize,
+    rouge,
+)
+from evaluation.persona import (
+    fact_density,
+    is_copy,
+    keyword_score,
+    persona_lift,
+    persona_overlap,
+    verbatim_kept,
+)
+from evaluation.style import FEATURES, style_counts
 from rlhf.data.split import characters
 from rlhf.files import git_commit, versions, write_json, write_jsonl
 from rlhf.persona import parse_prompt
@@ -138,6 +171,177 @@ def metric_row(name: str, interval: Interval, n: int) -> Row:
     }
 
 
+# -- sufficient statistics, reply by reply -----------------------------------------------------------------------------
+
+
+class Measure(NamedTuple):
+    """What a metric is made of: which rows it is of, their statistics ``(len(rows), k)``, and the number of a total."""
+
+    rows: list[int]
+    statistics: np.ndarray
+    statistic: Statistic
+    n: int
+    """Replies, or what the ratio's denominators count (4-grams, words, items)."""
+
+
+# Why a metric is not among the measures; checked in this order by `score_rows`.
+REASONS = {
+    **dict.fromkeys(
+        ("keyword_score", "copy_rate", "fact_density", "persona_precision", "persona_recall", "persona_f1"),
+        "no row has a persona",
+    ),
+    "persona_lift": "the rows are of fewer than two characters",
+    "verbatim_facts": "no address, number or name stands in a persona and in its reference",
+    **dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL", "f1"), "no row has a reference"),
+    "length_ratio": "no reference has a word",
+    **dict.fromkeys(("follow_up_rate", "uptake"), "no user's turn with a content word comes before a reply"),
+    **dict.fromkeys(("mean_idf", *FEATURES), "no reply has a word"),
+    **dict.fromkeys(
+        ("repetition", "repetition_within", "repetition_across", "repetition_context"), "no reply has 4 tokens"
+    ),
+}
+
+
+def _means(chosen: list[int], values: Mapping[str, Sequence[float]]) -> dict[str, Measure]:
+    return {name: Measure(chosen, with_ones(numbers), ratio, len(chosen)) for name, numbers in values.items()}
+
+
+def _ratios(chosen: list[int], pairs: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Measure]:
+    arrays = {name: np.array(found, dtype=np.float64).reshape(-1, 2) for name, found in pairs.items()}
+    return {name: Measure(chosen, array, ratio, int(array[:, 1].sum())) for name, array in arrays.items()}
+
+
+def measures(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Measure]:
+    """The sufficient statistics of every metric that adds up over replies; one that no row can have is left out.
+
+    Distinct-n and EAD do not add up and are not among them.
+
+    Args:
+        rows: as for `score_rows`.
+        seed: of the other persona that `persona_lift` compares with.
+    """
+    found = {
+        **_persona_measures(rows, seed),
+        **_reference_measures(rows),
+        **_dialogue_measures(rows),
+        **_form_measures(rows),
+    }
+    return {name: measure for name, measure in found.items() if measure.n}
+
+
+def _persona_measures(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Measure]:
+    chosen = [i for i, row in enumerate(rows) if row["persona"]]
+    pairs = [(rows[i]["persona"], rows[i]["response"]) for i in chosen]
+    overlaps = [persona_overlap(*pair) for pair in pairs]
+    others = _other_personas([rows[i] for i in chosen], seed)
+    lifts = [persona_lift(mine, other, reply) for (mine, reply), other in zip(pairs, others, strict=False)]
+    referred = [i for i in chosen if rows[i]["reference"] is not None]
+    kept = [verbatim_kept(rows[i]["persona"], rows[i]["reference"], rows[i]["response"]) for i in referred]
+    return {
+        **_means(
+            chosen,
+            {
+                "keyword_score": [keyword_score(*pair) for pair in pairs],
+                "copy_rate": [float(is_copy(*pair)) for pair in pairs],
+                "fact_density": [fact_density(*pair) for pair in pairs],
+                "persona_precision": [overlap.precision for overlap in overlaps],
+                "persona_recall": [overlap.recall for overlap in overlaps],
+                "persona_f1": [overlap.f1 for overlap in overlaps],
+            },
+        ),
+        **(_means(chosen, {"persona_lift": lifts}) if others else {}),
+        **_ratios(referred, {"verbatim_facts": kept}),
+    }
+
+
+def _other_personas(rows: Sequence[Mapping[str, Any]], seed: int) -> list[list[str]]:
+    """For each row the persona of another character, drawn by the seed and the row alone; empty for one character."""
+    of = characters(rows)
+    first: dict[int, tuple[str, ...]] = {}
+    for number, row in zip(of, rows, strict=True):
+        first[number] = min(first.get(number, tuple(row["persona"])), tuple(row["persona"]))
+    if len(first) < 2:
+        return []
+    ordered = sorted(first, key=lambda number: first[number])  # the same whatever the order of the rows
+    place = {number: index for index, number in enumerate(ordered)}
+    drawn = []
+    for number, row in zip(of, rows, strict=True):
+        key = f"{seed}/{row['dialogue_id']}/{len(row['history'])}"
+        index = random.Random(key).randrange(len(ordered) - 1)
+        drawn.append(list(first[ordered[index + (index >= place[number])]]))
+    return drawn
+
+
+def _reference_measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Measure]:
+    chosen = [i for i, row in enumerate(rows) if row["reference"] is not None]
+    if not chosen:
+        return {}
+    pairs = [(rows[i]["response"], rows[i]["reference"]) for i in chosen]
+    rouges = [rouge(*pair) for pair in pairs]
+    lengths = [(length_words(reply), length_words(reference)) for reply, reference in pairs]
+    statistics = np.stack([bleu_statistics(*pair) for pair in pairs])
+    return {
+        "bleu": Measure(chosen, statistics, bleu_from_statistics, len(chosen)),
+        **_means(chosen, {name: [scores[name] for scores in rouges] for name in ("rouge1", "rouge2", "rougeL")}),
+        **_means(chosen, {"f1": [f1(*pair) for pair in pairs]}),
+        **_ratios(chosen, {"length_ratio": lengths}),
+    }
+
+
+def _dialogue_measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Measure]:
+    everyone = list(range(len(rows)))
+    replies = [row["response"] for row in rows]
+    own = [[turn["content"] for turn in row["history"] if turn["role"] == "assistant"] for row in rows]
+    context = [[*row["persona"], *(turn["content"] for turn in row["history"])] for row in rows]
+    asked = {i: row["history"][-1]["content"] for i, row in enumerate(rows) if _user_is_last(row)}
+    taken = {i: share for i, turn in asked.items() if (share := uptake(replies[i], turn)) is not None}
+    told = [turn["content"] for row in rows for turn in row["history"]]
+    frequencies = inverse_document_frequencies(told + [row["reference"] for row in rows if row["reference"]])
+    return {
+        **_ratios(
+            everyone,
+            {
+                "repetition": list(map(repetition, replies, own)),
+                "repetition_within": list(map(repetition, replies)),
+                "repetition_across": list(map(taken_from, replies, own)),
+                "repetition_context": list(map(taken_from, replies, context)),
+                "mean_idf": [information(reply, frequencies) for reply in replies],
+            },
+        ),
+        **_means(
+            list(taken),
+            {
+                "follow_up_rate": [float(is_follow_up(replies[i], asked[i])) for i in taken],
+                "uptake": list(taken.values()),
+            },
+        ),
+    }
+
+
+def _user_is_last(row: Mapping[str, Any]) -> bool:
+    return bool(row["history"]) and row["history"][-1]["role"] == "user"
+
+
+def _form_measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Measure]:
+    everyone = list(range(len(rows)))
+    replies = [row["response"] for row in rows]
+    styles = list(map(style_counts, replies))
+    return {
+        **_means(
+            everyone,
+            {
+                "question_rate": [float(has_question(reply)) for reply in replies],
+                "engagement_score": list(map(engagement_score, replies)),
+                "length_words": [float(length_words(reply)) for reply in replies],
+            },
+        ),
+        **_ratios(everyone, {name: [counts[name] for counts in styles] for name in FEATURES}),
+    }
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
 def score_rows(
     rows: Sequence[Mapping[str, Any]],
     seed: int = 0,
@@ -146,68 +350,31 @@ def score_rows(
 ) -> dict[str, Any]:
     """All metrics of recorded replies that need neither a model nor probes.
 
-    Intervals are 95 %, over what [`independent`] finds to be independent (`run["clusters"]` says what). An empty reply is a reply: no overlap, no words. Metrics that no row can have are named with the reason in
-    `run["not_scored"]`.
+    Intervals are 95 %, over what [`independent`] finds to be independent (`run["clusters"]` says what). An empty reply
+    is a reply: no overlap, no words. Metrics that no row can have are named with the reason in `run["not_scored"]`.
 
     Args:
         rows: with `persona`, `history`, `response`, `reference` (text or None) and `dialogue_id`.
-        seed: of the resamples and of the shuffle for distinct-n.
+        seed: of the resamples, of the shuffle for distinct-n, and of the other persona of `persona_lift`.
         distinct_tokens: tokens for distinct-n; all that there are where the replies have fewer, see
             `run["distinct_tokens"]`.
 
     Returns:
         `{"metrics": {name: {"value", "ci_low", "ci_high", "n", "unit", "higher_is_better"}}, "run": {…}}`. `n` counts
-        replies; for distinct-n tokens and for repetition 4-grams.
+        replies; for distinct-n and EAD tokens, for other ratios what the denominators count.
     """
     if not rows:
         raise ValueError("`rows` is empty: nothing to score.")
     unit, clusters = independent(rows)
+    found = measures(rows, seed)
+    intervals = measure_intervals(found, clusters, num_resamples, seed)
+    metrics = {name: metric_row(name, interval, found[name].n) for name, interval in intervals.items()}
+    not_scored = {name: reason for name, reason in REASONS.items() if name not in found}
+
     replies = [row["response"] for row in rows]
-    metrics: dict[str, Row] = {}
-    not_scored: dict[str, str] = {}
-
-    def add(name: str, interval: Interval, n: int) -> None:
-        metrics[name] = metric_row(name, interval, n)
-
-    def add_means(values: Mapping[str, list[float]], chosen: list[int]) -> None:
-        owners = [clusters[i] for i in chosen]
-        for name, numbers in values.items():
-            if METRICS[name].unit == "share of replies":
-                add(name, rate_interval(numbers, owners, num_resamples, seed), len(numbers))
-            else:
-                add(name, cluster_bootstrap(numbers, np.ones(len(numbers)), owners, num_resamples, seed), len(numbers))
-
-    with_persona = [i for i, row in enumerate(rows) if row["persona"]]
-    if with_persona:
-        pairs = [(rows[i]["persona"], replies[i]) for i in with_persona]
-        values = {
-            "keyword_score": [keyword_score(*pair) for pair in pairs],
-            "copy_rate": [float(is_copy(*pair)) for pair in pairs],
-            "fact_density": [fact_density(*pair) for pair in pairs],
-        }
-        add_means(values, with_persona)
-    else:
-        not_scored |= dict.fromkeys(("keyword_score", "copy_rate", "fact_density"), "no row has a persona")
-
-    signatures = {}
-    with_reference = [i for i, row in enumerate(rows) if row["reference"] is not None]
-    if with_reference:
-        guesses, golds = [replies[i] for i in with_reference], [rows[i]["reference"] for i in with_reference]
-        statistics = np.stack([bleu_statistics(*pair) for pair in zip(guesses, golds, strict=True)])
-        owners = [clusters[i] for i in with_reference]
-        interval = bootstrap_statistic(statistics, owners, bleu_from_statistics, num_resamples, seed)
-        value, signatures["bleu"] = bleu(guesses, golds)
-        signatures["rouge"] = ROUGE_SIGNATURE
-        add("bleu", interval._replace(value=value), len(guesses))
-        rouges = [rouge(*pair) for pair in zip(guesses, golds, strict=True)]
-        overlaps = {name: [scores[name] for scores in rouges] for name in ("rouge1", "rouge2", "rougeL")}
-        overlaps["f1"] = [f1(*pair) for pair in zip(guesses, golds, strict=True)]
-        add_means(overlaps, with_reference)
-    else:
-        not_scored |= dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL", "f1"), "no row has a reference")
-
     lengths = [len(normalize(reply)) for reply in replies]
-    used = min(distinct_tokens, sum(lengths))
+    total = sum(lengths)
+    used = min(distinct_tokens, total)
     if used < distinct_tokens:
         logger.warning(
             "distinct-n over %d tokens, all there are (asked: %d): compare it at this size only", used, distinct_tokens
@@ -216,34 +383,48 @@ def score_rows(
         if max(lengths) < n:
             not_scored[f"distinct_{n}"] = f"no reply has {n} tokens"
         else:
-            add(f"distinct_{n}", distinct_interval(replies, clusters, n, used, seed), used)
-
-    everyone = list(range(len(rows)))
-    descriptive = {
-        "question_rate": [float(has_question(reply)) for reply in replies],
-        "length_words": [float(length_words(reply)) for reply in replies],
-    }
-    add_means(descriptive, everyone)
-    own_turns = [[turn["content"] for turn in row["history"] if turn["role"] == "assistant"] for row in rows]
-    repeated, fourgrams = zip(*(repetition(*pair) for pair in zip(replies, own_turns, strict=True)), strict=True)
-    if sum(fourgrams):
-        add("repetition", cluster_bootstrap(repeated, fourgrams, clusters, num_resamples, seed), sum(fourgrams))
-    else:
-        not_scored["repetition"] = "no reply has 4 tokens"
+            interval = distinct_interval(replies, clusters, n, used, seed)
+            metrics[f"distinct_{n}"] = metric_row(f"distinct_{n}", interval, used)
+    try:
+        metrics["ead"] = metric_row("ead", ead_interval(replies, clusters), total)
+    except ValueError as error:  # no word at all, or more than the vocabulary holds
+        not_scored["ead"] = str(error)
 
     run = {
         "seed": seed,
         "rows": len(rows),
-        "rows_without_persona": len(rows) - len(with_persona),
-        "rows_without_reference": len(rows) - len(with_reference),
+        "rows_without_persona": sum(not row["persona"] for row in rows),
+        "rows_without_reference": sum(row["reference"] is None for row in rows),
         "empty_responses": sum(not reply.strip() for reply in replies),
         "clusters": {"unit": unit, "n": len(set(clusters))},
         "num_resamples": num_resamples,
         "distinct_tokens": used,
-        "signatures": signatures,
+        "ead_vocabulary": EAD_VOCABULARY,
+        "signatures": {"bleu": bleu_signature(), "rouge": ROUGE_SIGNATURE} if "bleu" in found else {},
         "not_scored": not_scored,
     }
     return {"metrics": {name: metrics[name] for name in METRICS if name in metrics}, "run": run}
+
+
+def measure_intervals(
+    found: Mapping[str, Measure], clusters: Sequence[Hashable], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> dict[str, Interval]:
+    """The 95 % interval of each measure. Measures of the same rows share their resamples: drawing is the costly part.
+
+    Args:
+        clusters: one for each of the rows that the measures were taken of.
+    """
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, measure in found.items():
+        groups.setdefault(tuple(measure.rows), []).append(name)
+    intervals = {}
+    for chosen, names in groups.items():
+        owners = [clusters[i] for i in chosen]
+        together = {name: (found[name].statistics, found[name].statistic) for name in names}
+        for name, interval in bootstrap_together(together, owners, num_resamples, seed).items():
+            rate = METRICS[name].is_rate
+            intervals[name] = wilson_at_the_edge(interval, len(set(owners))) if rate else interval
+    return intervals
 
 
 def score(arguments: argparse.Namespace) -> None:

@@ -114,7 +114,7 @@ def test_zero_denominators():
 def test_bootstrap_statistic_agrees_with_the_ratio():
     rng = np.random.default_rng(5)
     pairs, clusters = rng.random((50, 2)), [i // 5 for i in range(50)]
-    generic = bootstrap_statistic(pairs, clusters, lambda total: total[0] / total[1], seed=3)
+    generic = bootstrap_statistic(pairs, clusters, lambda totals: totals[..., 0] / totals[..., 1], seed=3)
     assert generic == pytest.approx(cluster_bootstrap(pairs[:, 0], pairs[:, 1], clusters, seed=3), abs=1e-12)
 
 

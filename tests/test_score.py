@@ -14,6 +14,11 @@ from evaluation.__main__ import main
 from evaluation.score import independent, read_rows, score_rows
 
 ROOT = Path(__file__).parents[1]
+# What needs a model or probes.
+ELSEWHERE = {
+    *("persona_consistency", "persona_consistency_sampled", "kl_reference", "perplexity_token", "perplexity_word"),
+    *("bits_per_byte", "hits_at_1", "c_score"),
+}
 
 
 def make_row(**changes):
@@ -85,15 +90,18 @@ def test_run_says_what_was_scored():
     assert (run["rows"], run["rows_without_reference"], run["empty_responses"], run["seed"]) == (4, 1, 1, 3)
     assert run["clusters"] == {"unit": "dialogue", "n": 3}  # one persona in all rows
     assert run["distinct_tokens"] == 12
-    assert run["not_scored"] == {}
+    assert run["ead_vocabulary"] == 19_304
+    assert run["not_scored"] == {
+        "persona_lift": "the rows are of fewer than two characters",
+        "verbatim_facts": "no address, number or name stands in a persona and in its reference",
+    }
     assert "case:lc" in run["signatures"]["bleu"] and "stemmer:no" in run["signatures"]["rouge"]
 
 
 def test_rows_of_the_table_are_true_to_the_metrics():
-    result = score_rows(make_rows())
-    with_model = {"perplexity_token", "perplexity_word", "bits_per_byte", "kl_reference"}
-    with_probes = {"persona_consistency", "persona_consistency_sampled"}
-    assert set(result["metrics"]) == set(METRICS) - with_model - with_probes
+    twenty = {"persona": ["i am 20 ."], "response": "i am 20 .", "reference": "20 .", "dialogue_id": "d4"}
+    result = score_rows([*make_rows(), make_row(**twenty)])
+    assert set(result["metrics"]) == set(METRICS) - ELSEWHERE
     for name, row in result["metrics"].items():
         assert list(row) == ["value", "ci_low", "ci_high", "n", "unit", "higher_is_better"]
         assert (row["unit"], row["higher_is_better"]) == (METRICS[name].unit, METRICS[name].higher_is_better)
@@ -123,12 +131,13 @@ def test_distinct_is_taken_at_the_number_of_tokens_asked():
 def test_what_cannot_be_scored_is_named():
     rows = [make_row(persona=[], response="no", reference=None), make_row(persona=[], response="", reference=None)]
     result = score_rows(rows)
-    assert set(result["metrics"]) == {"distinct_1", "question_rate", "length_words"}
-    missing = result["run"]["not_scored"]
-    assert set(missing) | set(result["metrics"]) == set(METRICS) - {
-        *("persona_consistency", "persona_consistency_sampled", "kl_reference"),
-        *("perplexity_token", "perplexity_word", "bits_per_byte"),
+    assert set(result["metrics"]) == {
+        *("distinct_1", "ead", "question_rate", "length_words", "engagement_score", "follow_up_rate", "uptake"),
+        *("mean_idf", "sentence_words", "punctuation_rate", "capital_rate"),
     }
+    missing = result["run"]["not_scored"]
+    assert set(missing) | set(result["metrics"]) == set(METRICS) - ELSEWHERE
+    assert not set(missing) & set(result["metrics"])
     assert missing["bleu"] == "no row has a reference"
     assert missing["keyword_score"] == "no row has a persona"
     assert missing["distinct_2"] == "no reply has 2 tokens"
@@ -139,10 +148,15 @@ def test_what_cannot_be_scored_is_named():
 
 def test_all_replies_empty():
     result = score_rows([make_row(response="", dialogue_id=str(i)) for i in range(3)])
-    for name in ("bleu", "f1", "rouge1", "keyword_score", "length_words"):
+    for name in ("bleu", "f1", "rouge1", "keyword_score", "length_words", "persona_f1", "uptake", "follow_up_rate"):
         assert (result["metrics"][name]["value"], result["metrics"][name]["n"]) == (0, 3)
     assert result["run"]["empty_responses"] == 3
-    assert set(result["run"]["not_scored"]) == {"distinct_1", "distinct_2", "repetition"}
+    # a ratio over nothing has no value: it is named, and not 0
+    assert set(result["run"]["not_scored"]) == {
+        *("distinct_1", "distinct_2", "ead", "persona_lift", "verbatim_facts", "mean_idf"),
+        *("repetition", "repetition_within", "repetition_across", "repetition_context"),
+        *("sentence_words", "punctuation_rate", "capital_rate"),
+    }
 
 
 def test_one_dialogue_is_clustered_by_reply_and_one_row_has_no_interval():
