@@ -1,26 +1,31 @@
-"""Perplexity of reference replies given persona and history, from sums that add up over replies.
+"""Perplexity of reference replies given persona and history, and of plain text, from sums that add up.
 
-Only the tokens of the reply are scored. Sums are added over the corpus and the exponential is taken once: a mean of
+Of a dialogue only the tokens of the replies are scored. Sums are added over the corpus and the exponential is taken once: a mean of
 per-reply perplexities would be ruled by outliers. Perplexity per token depends on the tokenizer; per word and per byte
 do not, so only these compare across models. A reply's end-of-turn token is scored, and is not a word.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from evaluation.intervals import NUM_RESAMPLES, Interval, cluster_bootstrap
+from evaluation.intervals import NUM_RESAMPLES, Interval, Statistic, cluster_bootstrap, ratio
+from rlhf.chat import render_within
+from rlhf.persona import with_persona
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+COUNTS = {"perplexity_token": "tokens", "perplexity_word": "words", "bits_per_byte": "bytes"}
 
 
 def count_words(text: str) -> int:
-    """Words split at white space, as lm-evaluation-harness counts them for `word_perplexity`."""
-    return len(text.split())
+    """Pieces between white space as lm-evaluation-harness counts them: white space at an end makes an empty piece."""
+    return len(re.split(r"\s+", text))
 
 
 def count_bytes(text: str) -> int:
@@ -47,6 +52,17 @@ def bits_per_byte(nll_sum: float, num_bytes: float) -> float:
     return nll_sum / (num_bytes * math.log(2))
 
 
+def nats_statistic(name: str) -> Statistic:
+    """What makes `perplexity_token`, `perplexity_word` or `bits_per_byte` of totals (nats, units) ``(..., 2)``."""
+
+    def number(totals: np.ndarray) -> np.ndarray:
+        nats = ratio(totals)
+        with np.errstate(over="ignore"):  # beyond the range of a double the answer is infinite
+            return nats / math.log(2) if name == "bits_per_byte" else np.exp(nats)
+
+    return number
+
+
 def perplexity_intervals(
     nll_sums: Sequence[float],
     num_tokens: Sequence[int],
@@ -65,7 +81,7 @@ def perplexity_intervals(
         num_tokens, num_words, num_bytes: scored tokens, words and bytes of each reply.
         clusters: the dialogue of each reply.
     """
-    counts = {"perplexity_token": num_tokens, "perplexity_word": num_words, "bits_per_byte": num_bytes}
+    counts = dict(zip(COUNTS, (num_tokens, num_words, num_bytes), strict=True))
     nats = {
         name: cluster_bootstrap(nll_sums, denominators, clusters, num_resamples, seed)
         for name, denominators in counts.items()
@@ -76,6 +92,119 @@ def perplexity_intervals(
     }
 
 
+# -- dialogues and plain text ------------------------------------------------------------------------------------------
+
+
+def dialogue_nats(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    dialogues: Sequence[Mapping[str, Any]],
+    max_length: int,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """Nats of all replies of each dialogue given persona and history, and what they may be divided by.
+
+    Args:
+        dialogues: rows with `persona` and `messages`; replies with `"train": False` are context only.
+        max_length: tokens; older turns are dropped, and are then neither scored nor counted.
+
+    Returns:
+        For each dialogue `{"nats", "tokens", "words", "bytes", "replies"}`; tokens include the end of each reply.
+    """
+    rendered = [render_within(with_persona(row), tokenizer, max_length) for row in dialogues]
+    nats = reply_nll(
+        model, [r["input_ids"] for r, _ in rendered], [r["assistant_mask"] for r, _ in rendered], batch_size
+    )
+    rows = []
+    for row, (r, dropped), nll in zip(dialogues, rendered, nats, strict=True):
+        replies = [
+            m["content"] for m in row["messages"][dropped:] if m["role"] == "assistant" and m.get("train", True)
+        ]
+        rows.append(
+            {
+                "nats": nll,
+                "tokens": sum(r["assistant_mask"]),
+                "words": sum(map(count_words, replies)),
+                "bytes": sum(map(count_bytes, replies)),
+                "replies": len(replies),
+            }
+        )
+    return rows
+
+
+def rolling_windows(
+    ids: Sequence[int], prefix_id: int, max_length: int
+) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Cut a text into disjoint pieces, each with the context that it is scored after; every token is scored once.
+
+    A piece has at most `max_length` tokens. The first follows the prefix token alone, a full one behind it the one token
+    before it, and the last one, shorter, as much text as fills the model's `max_length` inputs.
+
+    Source: lm-evaluation-harness, utils.py, `get_rolling_token_windows` with context_len 1, made disjoint.
+
+    Returns:
+        (context, piece); the model reads context and piece without its last token.
+
+    Raises:
+        ValueError: when `max_length` is below 1.
+    """
+    if max_length < 1:
+        raise ValueError(f"`max_length` = {max_length}: a window needs one token or more.")
+    for start in range(0, len(ids), max_length):
+        piece = ids[start : start + max_length]
+        yield ([prefix_id] if start == 0 else ids[start + len(piece) - max_length - 1 : start]), piece
+
+
+def text_nats(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    batch_size: int = 8,
+    max_length: int | None = None,
+) -> list[dict[str, Any]]:
+    """Nats of each whole text in rolling windows, as lm-evaluation-harness scores it, and what to divide them by.
+
+    It is their `loglikelihood_rolling` with `add_bos_token=False`. Left to its default, version 0.4.13 keeps the BOS that
+    some tokenizers write in front of a text and scores it like a word.
+
+    Args:
+        max_length: of a window in tokens; by default the model's context.
+
+    Returns:
+        For each text `{"nats", "tokens", "words", "bytes"}`. No end of text is scored.
+
+    Raises:
+        ValueError: when a text has no token, the tokenizer neither a BOS nor an EOS token, or the model no known context.
+    """
+    prefix_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    config: Any = model.config
+    length = max_length or getattr(config, "max_position_embeddings", None)
+    if prefix_id is None or length is None:
+        raise ValueError("the tokenizer needs a BOS or EOS token, and the model a context; else give `max_length`.")
+    rows, owners, ids, masks = [], [], [], []
+    for number, text in enumerate(texts):
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not tokens:
+            raise ValueError(f"`texts`: text {number} has no token, {text[:40]!r}; leave it out.")
+        for context, piece in rolling_windows(tokens, prefix_id, length):
+            owners.append(number)
+            ids.append([*context, *piece])
+            masks.append([0] * len(context) + [1] * len(piece))
+        rows.append({"nats": 0.0, "tokens": len(tokens), "words": count_words(text), "bytes": count_bytes(text)})
+    for owner, nats in zip(owners, reply_nll(model, ids, masks, batch_size), strict=True):
+        rows[owner]["nats"] += nats
+    return rows
+
+
+def perplexities(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`perplexity_token`, `perplexity_word` and `bits_per_byte` of rows of `dialogue_nats` or `text_nats`."""
+    nats = sum(row["nats"] for row in rows)
+    return {
+        name: (bits_per_byte if name == "bits_per_byte" else perplexity)(nats, sum(row[unit] for row in rows))
+        for name, unit in COUNTS.items()
+    }
+
+
 @torch.no_grad()
 def reply_nll(
     model: "PreTrainedModel", rows_ids: Sequence[Sequence[int]], rows_masks: Sequence[Sequence[int]], batch_size: int
@@ -83,7 +212,8 @@ def reply_nll(
     """Sum of -log p(token | everything before it) over the masked tokens of each row, in nats, in the order given.
 
     Batches are right-padded with an attention mask and made of rows of like length. Log-probabilities are taken in
-    float32 at the masked positions alone, one row at a time, so that no log-softmax of the batch is ever held.
+    float32 at the masked positions alone, one row at a time, so that no log-softmax of the batch is ever held. The last
+    token of a row is scored and not read.
 
     Args:
         model: causal language model; it is put in evaluation mode and left in the mode it had.
@@ -93,7 +223,7 @@ def reply_nll(
 
     Raises:
         ValueError: naming every row whose mask does not fit its ids, scores the first token (it has no context) or
-            nothing at all, or that is longer than the model's context.
+            nothing at all, or of which the model would read more than its context.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` = {batch_size}: it must be 1 or more.")
@@ -106,12 +236,12 @@ def reply_nll(
     try:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            width = len(rows_ids[batch[0]])
+            width = len(rows_ids[batch[0]]) - 1
             input_ids = torch.zeros(len(batch), width, dtype=torch.long)
             attention_mask = torch.zeros_like(input_ids)
             for row, index in enumerate(batch):
-                length = len(rows_ids[index])
-                input_ids[row, :length] = torch.tensor(rows_ids[index])
+                length = len(rows_ids[index]) - 1
+                input_ids[row, :length] = torch.tensor(rows_ids[index][:-1])
                 attention_mask[row, :length] = 1
             input_ids = input_ids.to(model.device)
             logits = model(
@@ -120,7 +250,8 @@ def reply_nll(
             for row, index in enumerate(batch):
                 positions = torch.tensor(rows_masks[index]).nonzero()[:, 0].to(model.device)
                 scores = logits[row, positions - 1].float()  # the logits at t - 1 predict the token at t
-                chosen = scores.gather(1, input_ids[row, positions][:, None])[:, 0]
+                targets = torch.tensor(rows_ids[index], device=model.device)[positions]
+                chosen = scores.gather(1, targets[:, None])[:, 0]
                 sums[index] = (torch.logsumexp(scores, dim=1) - chosen).double().sum().item()
     finally:
         model.train(was_training)
@@ -138,7 +269,7 @@ def _check_rows(rows_ids: Sequence[Sequence[int]], rows_masks: Sequence[Sequence
             problems.append(f"row {index}: nothing to score, the mask is all 0")
         elif mask[0]:
             problems.append(f"row {index}: the first token cannot be scored, it has no context")
-        elif context is not None and len(ids) > context:
-            problems.append(f"row {index}: {len(ids)} tokens, the model's context is {context}; truncate whole turns")
+        elif context is not None and len(ids) - 1 > context:
+            problems.append(f"row {index}: {len(ids) - 1} tokens to read, the model's context is {context}; cut it")
     if problems:
         raise ValueError("`rows_ids` / `rows_masks`:\n" + "\n".join(problems))
