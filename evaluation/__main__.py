@@ -22,6 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
     scorer.add_argument(
         "--distinct_tokens", type=int, default=DISTINCT_TOKENS, help="tokens that distinct-n is taken over"
     )
+    scorer.add_argument("--nli_model", help="folder or name of an NLI classifier: adds the C-score")
     scorer.set_defaults(command=score)
 
     commands.add_parser(  # listed here for the help alone: `main` hands it to the parser of recipes

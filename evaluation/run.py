@@ -17,11 +17,13 @@ import numpy as np
 from peft import PeftModel
 from trl import ModelConfig
 
-from evaluation.intervals import cluster_bootstrap
-from evaluation.perplexity import count_bytes, count_words, perplexity_intervals, reply_nll
+from evaluation.intervals import cluster_bootstrap, rate_interval
+from evaluation.nli import NLI, c_scores, load_nli
+from evaluation.perplexity import dialogue_nats, perplexity_intervals, reply_nll
 from evaluation.probes import persona_consistency, score_reply
+from evaluation.ranking import candidate_hits
 from evaluation.score import independent, metric_row, score_rows
-from rlhf.chat import render, render_within
+from rlhf.chat import render
 from rlhf.files import read_jsonl, write_json, write_jsonl
 from rlhf.generate import generate
 from rlhf.lora import use_adapter, with_adapter
@@ -57,6 +59,12 @@ class EvaluateConfig:
     distinct_tokens: int = field(
         default=10_000, metadata={"help": "Tokens that distinct-n is taken over; comparable at one number only."}
     )
+    max_ranked: int | None = field(
+        default=500, metadata={"help": "Replies that hits@1 ranks, drawn by the seed.", "range": "[1, inf)"}
+    )
+    nli_model: str | None = field(
+        default=None, metadata={"help": "Folder or name of an NLI classifier; there is no C-score without."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Replies decoded together.", "range": "[1, inf)"})
     seed: int = field(default=0, metadata={"help": "Of sampling and resampling."})
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -68,7 +76,7 @@ class EvaluateConfig:
 
 
 def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
-    """Write `results.json` and `replies.jsonl` for each system into `output_dir/<system>/`."""
+    """Write `results.json`, `replies.jsonl` and `likelihoods.jsonl` for each system into `output_dir/<system>/`."""
     adapters = {name: path for name, path in args.systems.items() if path is not None}
     with stage(
         "evaluate", args.output_dir, (args, model_args), args.seed, args.log_level,
@@ -92,17 +100,21 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
                 args.max_length,
             )  # fmt: skip
 
+        nli = load_nli(args.nli_model) if args.nli_model else None
+
         # Systems
         for name, folder in args.systems.items():
             logger.info("evaluating %s", name)
             if name in FIXED:
-                rows = _fixed_rows(name, dialogues, probes)
+                rows = _judged(_fixed_rows(name, dialogues, probes), nli, args)
                 results = _results(rows, args)
+                likelihoods = []
             else:
                 with _active(model, name if folder is not None else None):
-                    rows = _model_rows(dialogues, probes, reply_with, args)
+                    rows = _judged(_model_rows(dialogues, probes, reply_with, args), nli, args)
                     results = _results(rows, args)
-                    _add_perplexity(results, model, tokenizer, dialogues, args)
+                    likelihoods = _add_perplexity(results, model, tokenizer, dialogues, args)
+                    likelihoods += _add_hits(results, model, tokenizer, dialogues, args)
                     _add_kl(results, model, tokenizer, rows, name, args)
             results["run"] |= {
                 "system": name,
@@ -115,8 +127,11 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
                 "data_hash": record["data_hash"],
                 "decoding": {"greedy": {}, "sampled": {"temperature": args.temperature, "top_k": 0, "top_p": 1.0}},
                 "max_new_tokens": args.max_new_tokens,
+                "nli_model": nli.name if nli else None,
             }
             write_jsonl(Path(args.output_dir) / name / "replies.jsonl", rows)
+            if likelihoods:
+                write_jsonl(Path(args.output_dir) / name / "likelihoods.jsonl", likelihoods)
             write_json(Path(args.output_dir) / name / "results.json", results)
             for metric in ("persona_consistency", "persona_consistency_sampled", "perplexity_token"):
                 if metric in results["metrics"]:
@@ -214,6 +229,16 @@ def _probe_rows(probes: Sequence[Row], replies: Sequence[str], decoding: str) ->
     ]
 
 
+def _judged(rows: list[Row], nli: NLI | None, args: EvaluateConfig) -> list[Row]:
+    """The rows, those of dialogues with their C-score where there is a model for it."""
+    if nli is None:
+        return rows
+    spoken = [row for row in rows if row["correct"] is None]
+    for row, value in zip(spoken, c_scores(nli, spoken, args.batch_size), strict=True):
+        row["c_score"] = value
+    return rows
+
+
 def _results(rows: Sequence[Row], args: EvaluateConfig) -> Row:
     """Metrics that need no model: of the dialogue replies, and of the probes where there are any."""
     results = score_rows([row for row in rows if row["correct"] is None], args.seed, args.distinct_tokens)
@@ -229,25 +254,35 @@ def _results(rows: Sequence[Row], args: EvaluateConfig) -> Row:
     return results
 
 
-def _add_perplexity(results: Row, model: Any, tokenizer: Any, dialogues: Sequence[Row], args: EvaluateConfig) -> None:
-    """Perplexity of all replies of the held-out dialogues, given persona and history."""
-    rendered = [render_within(with_persona(row), tokenizer, args.max_length) for row in dialogues]
-    ids = [r["input_ids"] for r, _ in rendered]
-    masks = [r["assistant_mask"] for r, _ in rendered]
-    replies = [
-        [m["content"] for m in row["messages"][dropped:] if m["role"] == "assistant" and m.get("train", True)]
-        for row, (_, dropped) in zip(dialogues, rendered, strict=True)
-    ]
-    intervals = perplexity_intervals(
-        reply_nll(model, ids, masks, args.batch_size),
-        [sum(mask) for mask in masks],
-        [sum(map(count_words, texts)) for texts in replies],
-        [sum(map(count_bytes, texts)) for texts in replies],
-        independent(dialogues)[1],
-        seed=args.seed,
-    )
+def _add_perplexity(
+    results: Row, model: Any, tokenizer: Any, dialogues: Sequence[Row], args: EvaluateConfig
+) -> list[Row]:
+    """Perplexity of all replies of the held-out dialogues, given persona and history; returns what it is made of."""
+    rows = dialogue_nats(model, tokenizer, dialogues, args.max_length, args.batch_size)
+    columns = ([row[key] for row in rows] for key in ("nats", "tokens", "words", "bytes"))
+    intervals = perplexity_intervals(*columns, independent(dialogues)[1], seed=args.seed)
     for name, interval in intervals.items():
-        _add(results, name, interval, sum(map(len, replies)))
+        _add(results, name, interval, sum(row["replies"] for row in rows))
+    return [
+        {"persona": dialogue["persona"], "dialogue_id": dialogue["dialogue_id"], **row}
+        for dialogue, row in zip(dialogues, rows, strict=True)
+    ]
+
+
+def _add_hits(results: Row, model: Any, tokenizer: Any, dialogues: Sequence[Row], args: EvaluateConfig) -> list[Row]:
+    """hits@1, where the data has candidates; returns the ranked replies."""
+    hits = candidate_hits(model, tokenizer, dialogues, args.max_length, args.batch_size, args.max_ranked, args.seed)
+    if not hits:
+        results["run"]["not_scored"]["hits_at_1"] = "the dialogues have no candidates"
+        return []
+    _add(
+        results,
+        "hits_at_1",
+        rate_interval([row["hit"] for row in hits], independent(hits)[1], seed=args.seed),
+        len(hits),
+    )
+    results["run"]["candidates"] = sorted({row["candidates"] for row in hits})
+    return hits
 
 
 def _kl_rows(rows: Sequence[Row], seed: int) -> list[Row]:

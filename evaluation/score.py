@@ -191,6 +191,7 @@ REASONS = {
         "no row has a persona",
     ),
     "persona_lift": "the rows are of fewer than two characters",
+    "c_score": "no `nli_model` was given, or no row has a persona",
     "verbatim_facts": "no address, number or name stands in a persona and in its reference",
     **dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL", "f1"), "no row has a reference"),
     "length_ratio": "no reference has a word",
@@ -235,6 +236,7 @@ def _persona_measures(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str,
     overlaps = [persona_overlap(*pair) for pair in pairs]
     others = _other_personas([rows[i] for i in chosen], seed)
     lifts = [persona_lift(mine, other, reply) for (mine, reply), other in zip(pairs, others, strict=False)]
+    judged = [i for i in chosen if rows[i].get("c_score") is not None]
     referred = [i for i in chosen if rows[i]["reference"] is not None]
     kept = [verbatim_kept(rows[i]["persona"], rows[i]["reference"], rows[i]["response"]) for i in referred]
     return {
@@ -250,6 +252,7 @@ def _persona_measures(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str,
             },
         ),
         **(_means(chosen, {"persona_lift": lifts}) if others else {}),
+        **_means(judged, {"c_score": [rows[i]["c_score"] for i in judged]}),
         **_ratios(referred, {"verbatim_facts": kept}),
     }
 
@@ -354,7 +357,8 @@ def score_rows(
     is a reply: no overlap, no words. Metrics that no row can have are named with the reason in `run["not_scored"]`.
 
     Args:
-        rows: with `persona`, `history`, `response`, `reference` (text or None) and `dialogue_id`.
+        rows: with `persona`, `history`, `response`, `reference` (text or None) and `dialogue_id`; and with `c_score`
+            where a model judged the reply (`evaluation.nli`).
         seed: of the resamples, of the shuffle for distinct-n, and of the other persona of `persona_lift`.
         distinct_tokens: tokens for distinct-n; all that there are where the replies have fewer, see
             `run["distinct_tokens"]`.
@@ -431,8 +435,16 @@ def score(arguments: argparse.Namespace) -> None:
     """Score a file of replies into a file of results; bad rows go to `rejected.jsonl` beside it."""
     source: Path = arguments.responses
     rows, rejected = read_rows(source)
+    nli_model = None
+    if arguments.nli_model:
+        from evaluation.nli import c_scores, load_nli  # not at the top: it takes seconds of imports
+
+        nli = load_nli(arguments.nli_model)
+        nli_model = nli.name
+        rows = [row | {"c_score": value} for row, value in zip(rows, c_scores(nli, rows), strict=True)]
     results = score_rows(rows, arguments.seed, arguments.distinct_tokens)
     results["run"] |= {
+        "nli_model": nli_model,
         "responses": source.name,
         "data_hash": hashlib.sha256(source.read_bytes()).hexdigest(),
         "rejected": len(rejected),

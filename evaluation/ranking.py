@@ -1,0 +1,97 @@
+"""hits@1: is the reply that was said the likeliest among its candidates?"""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from evaluation.perplexity import reply_nll
+from rlhf.chat import render, render_within
+from rlhf.persona import with_persona
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+
+
+def first_place(nats_per_token: Sequence[float], gold: int) -> float:
+    """1 when the gold candidate alone has the least, 1/k when k candidates share the first place with it, else 0."""
+    best = min(nats_per_token)
+    return float(nats_per_token[gold] == best) / sum(nats == best for nats in nats_per_token)
+
+
+def candidate_hits(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    dialogues: Sequence[Mapping[str, Any]],
+    max_length: int,
+    batch_size: int,
+    max_replies: int | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Rank the candidates of each reply by their mean log-probability a token, end of turn included.
+
+    ConvAI2 gives 20 candidates, the reply and 19 of other dialogues, so that chance is 5 %. The mean is taken because
+    the sum would favour short candidates. Candidates with the same text are one.
+
+    Source: Dinan et al. 2019, hits@1/20 of ConvAI2.
+
+    Args:
+        dialogues: rows with `persona`, `messages` and `candidates`: a list as long as `messages`, None or texts.
+        max_length: tokens; older turns are dropped for all candidates alike.
+        max_replies: replies that are ranked, drawn by the seed; None for all.
+
+    Returns:
+        For each ranked reply `{"persona", "dialogue_id", "turn", "candidates", "hit"}`, in the order of the dialogues;
+        `candidates` is their number, and `hit` is from [`first_place`].
+    """
+    asked = [
+        (row, turn)
+        for row in dialogues
+        for turn, choices in enumerate(row.get("candidates") or [])
+        if choices and len(set(choices)) > 1 and (turn or row["persona"])  # without either there is no prompt
+    ]
+    if max_replies is not None and max_replies < len(asked):
+        kept = sorted(random.Random(seed).sample(range(len(asked)), max_replies))
+        asked = [asked[index] for index in kept]
+    found, ids, masks = [], [], []
+    for row, turn in asked:
+        gold = row["messages"][turn]["content"]
+        choices = list(dict.fromkeys([gold, *row["candidates"][turn]]))
+        prompts, replies = _candidate_ids(row, turn, choices, tokenizer, max_length)
+        for reply in replies:
+            ids.append(prompts + reply)
+            masks.append([0] * len(prompts) + [1] * len(reply))
+        where = {"persona": row["persona"], "dialogue_id": row["dialogue_id"], "turn": turn}
+        found.append({**where, "candidates": len(choices)})
+    nats = reply_nll(model, ids, masks, batch_size)
+    means = [total / sum(mask) for total, mask in zip(nats, masks, strict=True)]
+    start = 0
+    for entry in found:
+        entry["hit"] = first_place(means[start : start + entry["candidates"]], 0)
+        start += entry["candidates"]
+    return found
+
+
+def _candidate_ids(
+    row: Mapping[str, Any],
+    turn: int,
+    choices: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+) -> tuple[list[int], list[list[int]]]:
+    """The ids of the prompt, and of each candidate with its stop token.
+
+    A reply's ids do not depend on what stands in front of its prompt's last token (`rlhf.chat`), so the dialogue is
+    rendered once and the candidates behind a short turn.
+    """
+    prompt = with_persona({"persona": row["persona"], "messages": row["messages"][:turn]})
+    question: Message = prompt[-1] if prompt and prompt[-1]["role"] == "user" else {"role": "user", "content": "hi"}
+    replies = []
+    for choice in choices:
+        rendered = render([question, {"role": "assistant", "content": choice}], tokenizer)
+        replies.append(
+            [i for i, scored in zip(rendered["input_ids"], rendered["assistant_mask"], strict=True) if scored]
+        )
+    head, _ = render_within(prompt, tokenizer, max_length, True, completion_length=max(map(len, replies)))
+    return head["input_ids"], replies
