@@ -34,7 +34,7 @@ def label_columns(id2label: Mapping[int, str]) -> list[int]:
         ValueError: when `id2label` does not name exactly these three.
     """
     found = {str(label).lower(): int(index) for index, label in id2label.items()}
-    columns = [[index for label, index in found.items() if label.startswith(name[:7])] for name in LABELS]
+    columns = [[index for label, index in found.items() if label.startswith(name[:6])] for name in LABELS]
     if len(id2label) != len(LABELS) or any(len(indices) != 1 for indices in columns):
         raise ValueError(
             f"`nli_model`: its config.id2label is {dict(id2label)}, which does not say which output is contradiction, "

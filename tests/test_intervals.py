@@ -5,16 +5,27 @@ import math
 
 import numpy as np
 import pytest
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.significance import PairedTest
 from scipy import stats
 
 from evaluation.intervals import (
     bootstrap_statistic,
+    bootstrap_together,
+    cliffs_delta,
     cluster_bootstrap,
     cluster_sums,
+    holm,
+    paired_bootstrap,
+    paired_d,
     paired_difference,
+    randomisation_test,
     rate_interval,
+    ratio,
     wilson,
+    with_ones,
 )
+from evaluation.overlap import bleu_from_statistics, bleu_statistics
 
 
 @pytest.mark.parametrize(
@@ -135,3 +146,171 @@ def test_paired_difference_cancels_what_items_share():
     assert same.value == pytest.approx(0, abs=1e-9) and same.low < 0 < same.high
     with pytest.raises(ValueError, match="`a` has 2 entries, `b` 1"):
         paired_difference([1, 2], [1], ["a", "b"])
+
+
+def test_percentile_bootstrap_is_scipys():
+    rng = np.random.default_rng(7)
+    numerators, denominators = rng.gamma(2, size=60), rng.uniform(1, 3, size=60)
+    theirs = stats.bootstrap(
+        (numerators, denominators), lambda a, b, axis: a.sum(axis=axis) / b.sum(axis=axis), paired=True,
+        n_resamples=10_000, method="percentile", vectorized=True, rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    ours = cluster_bootstrap(numerators, denominators, list(range(60)), num_resamples=10_000)
+    # two Monte-Carlo estimates of the same percentiles: each within about 0.03 standard errors, a quarter of the half width
+    half = (theirs.high - theirs.low) / 2
+    assert ours.low == pytest.approx(theirs.low, abs=0.05 * half)
+    assert ours.high == pytest.approx(theirs.high, abs=0.05 * half)
+
+
+def test_together_is_each_alone():
+    rng = np.random.default_rng(8)
+    one, two, clusters = rng.random((40, 2)), rng.random((40, 3)), [i // 3 for i in range(40)]
+
+    def third(totals):
+        return totals[..., 2] - totals[..., 0]
+
+    both = bootstrap_together({"a": (one, ratio), "b": (two, third)}, clusters, seed=5)
+    assert both["a"] == pytest.approx(cluster_bootstrap(one[:, 0], one[:, 1], clusters, seed=5), abs=1e-12)
+    assert both["b"] == pytest.approx(bootstrap_statistic(two, clusters, third, seed=5), abs=1e-12)
+    with pytest.raises(ValueError, match=r"`statistic` of 'a' must map totals \(b, k\) to \(b,\)"):
+        bootstrap_together({"a": (two, lambda totals: totals[0] * 0 + 1 if totals.ndim > 1 else 1.0)}, clusters)
+
+
+def exact_p(a, b, clusters, statistic):
+    """Every way of swapping whole clusters, counted."""
+    names = sorted(set(clusters))
+    observed, found = abs(statistic(a.sum(axis=0)) - statistic(b.sum(axis=0))), []
+    for swaps in itertools.product((False, True), repeat=len(names)):
+        swap = np.array([dict(zip(names, swaps, strict=True))[c] for c in clusters])[:, None]
+        x, y = np.where(swap, b, a).sum(axis=0), np.where(swap, a, b).sum(axis=0)
+        found.append(abs(statistic(x) - statistic(y)) >= observed - 1e-9)
+    return np.mean(found)
+
+
+def monte_carlo(p, trials, widths=4.0):
+    return widths * math.sqrt(p * (1 - p) / trials) + 1 / trials
+
+
+def test_randomisation_is_scipys_permutation_test_of_pairs():
+    rng = np.random.default_rng(9)
+    b = rng.normal(size=12)
+    a = b + rng.normal(0.5, 1, size=12)
+    exact = stats.permutation_test(
+        (a, b), lambda x, y, axis: np.abs((x - y).mean(axis=axis)), permutation_type="samples",
+        alternative="greater", n_resamples=np.inf, vectorized=True,
+    ).pvalue  # fmt: skip
+    assert 0.01 < exact < 0.5
+    p = randomisation_test(with_ones(a), with_ones(b), list(range(12)))
+    assert p == pytest.approx(exact, abs=monte_carlo(exact, 10_000))  # exact, against 10,000 draws
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_randomisation_swaps_clusters_and_counts_ties(binary):
+    rng = np.random.default_rng(10)
+    clusters = [0, 0, 0, 1, 2, 2, 3, 3, 4, 5, 6, 7]
+    values = rng.random((2, 12)) + np.array([[0.4], [0.0]])
+    a, b = (with_ones(v > 0.6) if binary else with_ones(v) for v in values)
+    exact = exact_p(a, b, clusters, lambda total: total[0] / total[1])
+    assert 0.02 < exact < 0.6
+    assert randomisation_test(a, b, clusters) == pytest.approx(exact, abs=monte_carlo(exact, 10_000))
+    if not binary:  # another cut of the same rows gives another answer
+        assert exact != exact_p(a, b, list(range(12)), lambda total: total[0] / total[1])
+
+
+def test_randomisation_edges():
+    values = with_ones([1.0, 2.0, 3.0])
+    assert randomisation_test(values, values, [0, 1, 2]) == 1  # nothing differs
+    assert randomisation_test(values, values + [1, 0], ["d"] * 3) == 1  # one cluster: swapped or not is the same
+    far = with_ones(np.arange(40.0))
+    assert randomisation_test(far + [9, 0], far, list(range(40)), num_trials=999) == 1 / 1000  # the smallest there is
+    with pytest.raises(ValueError, match="`a` has 3 entries, `b` 2"):
+        randomisation_test(values, values[:2], [0, 1, 2])
+    with pytest.raises(ValueError, match="has no value"):
+        randomisation_test(values * [1, 0], values, [0, 1, 2])
+
+
+def test_randomisation_keeps_its_level_on_clustered_rates():
+    rng, rejected = np.random.default_rng(11), 0
+    for trial in range(200):
+        level = np.repeat(rng.uniform(0.2, 0.8, size=25), 4)  # 25 dialogues of 4 replies, the systems alike
+        a, b = (with_ones(rng.random(100) < level) for _ in range(2))
+        rejected += randomisation_test(a, b, list(np.repeat(np.arange(25), 4)), num_trials=199, seed=trial) <= 0.05
+    assert rejected <= 19  # 5 % of 200 is 10, standard deviation 3.1
+
+
+def systems():
+    rng = np.random.default_rng(12)
+    references = [" ".join(f"w{i}" for i in rng.integers(30, size=9)) for _ in range(60)]
+
+    def damaged(share):
+        return [" ".join(w if rng.random() > share else "x" for w in text.split()) for text in references]
+
+    return references, damaged(0.35), damaged(0.40)
+
+
+def test_paired_tests_of_bleu_are_sacrebleus(monkeypatch):
+    monkeypatch.setenv("SACREBLEU_SEED", "1")
+    references, one, two = systems()
+
+    def theirs(kind, trials):
+        named = [("one", one), ("two", two)]
+        metrics = {"BLEU": BLEU(lowercase=True, force=True)}
+        _, scores = PairedTest(named, metrics, [references], test_type=kind, n_samples=trials)()
+        return scores["BLEU"]
+
+    a, b = (np.stack([bleu_statistics(*pair) for pair in zip(r, references, strict=True)]) for r in (one, two))
+    items = list(range(len(references)))
+
+    ar = theirs("ar", 2000)
+    assert ar[1].score == pytest.approx(float(bleu_from_statistics(b.sum(axis=0))), abs=1e-9)
+    p = randomisation_test(a, b, items, bleu_from_statistics, num_trials=2000)
+    assert 0.01 < ar[1].p_value < 0.9
+    # two Monte-Carlo estimates of one probability; BLEU has no ties, so that counting them or not is the same
+    assert p == pytest.approx(ar[1].p_value, abs=math.sqrt(2) * monte_carlo(ar[1].p_value, 2000))
+
+    bs, found = theirs("bs", 2000), []
+
+    def difference(totals):
+        found.append(bleu_from_statistics(totals[..., :10]) - bleu_from_statistics(totals[..., 10:]))
+        return found[-1]
+
+    interval = bootstrap_statistic(np.concatenate([a, b], axis=1), items, difference)
+    assert interval == paired_bootstrap(a, b, items, bleu_from_statistics)
+    # sacrebleu's p: resamples whose absolute difference exceeds the mean one by more than the observed one
+    sizes = np.abs(found[1])
+    own_p = (np.sum(sizes - sizes.mean() > abs(interval.value)) + 1) / (len(sizes) + 1)
+    assert own_p == pytest.approx(bs[1].p_value, abs=math.sqrt(2) * monte_carlo(bs[1].p_value, 2000))
+    # and the interval of one system: sacrebleu prints half the distance of the 2.5 % and 97.5 % points
+    for statistics, result in ((a, bs[0]), (b, bs[1])):
+        alone = bootstrap_statistic(statistics, items, bleu_from_statistics)
+        assert (alone.high - alone.low) / 2 == pytest.approx(result.ci, rel=0.08)  # 2,000 resamples each: 4 % a side
+
+
+def test_holm_by_hand():
+    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    # in order 0.005 x 4, 0.01 x 3, 0.03 x 2, 0.04 x 1, and never below the one before
+    assert adjusted == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
+    assert list(adjusted) == ["a", "b", "c", "d"]
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0} and holm({}) == {}
+
+
+def test_paired_d_is_t_over_the_root_of_n():
+    rng = np.random.default_rng(13)
+    a, b = rng.normal(1, 2, size=30), rng.normal(size=30)
+    t = stats.ttest_rel(a, b).statistic
+    assert paired_d(with_ones(a), with_ones(b), list(range(30))) == pytest.approx(t / math.sqrt(30))
+    # clusters of 1 and 2: means of differences 1 and (2 + 6) / 2 = 4; 2.5 / sd(1, 4) with n - 1
+    d = paired_d(with_ones([1, 2, 6]), with_ones([0, 0, 0]), ["x", "y", "y"])
+    assert d == pytest.approx(2.5 / math.sqrt(4.5))
+    assert math.isnan(paired_d(with_ones([1, 2]), with_ones([0, 1]), ["x", "y"]))  # all differences are 1
+    assert math.isnan(paired_d(with_ones([1, 2]), with_ones([0, 0]), ["x", "x"]))
+
+
+def test_cliffs_delta_is_the_mann_whitney_u():
+    rng = np.random.default_rng(14)
+    a, b = rng.integers(-2, 4, size=25), rng.integers(-3, 3, size=40)
+    u = stats.mannwhitneyu(a, b).statistic
+    assert cliffs_delta(a, b) == pytest.approx(2 * u / (25 * 40) - 1)
+    assert cliffs_delta([2, 3], [1]) == 1 and cliffs_delta([1], [1, 1]) == 0
+    with pytest.raises(ValueError, match="`a` has 0 values"):
+        cliffs_delta([], [1])
