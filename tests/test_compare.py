@@ -12,7 +12,24 @@ from evaluation.intervals import randomisation_test, wilson, with_ones
 from evaluation.probes import KINDS, persona_consistency
 from evaluation.score import score_rows
 
-WORDS = ["i", "have", "dog", "cat", "tea", "like", "we", "you", "go", "house", "red", "old", "sing", "run", "far", "sea"]
+WORDS = [
+    "i",
+    "have",
+    "dog",
+    "cat",
+    "tea",
+    "like",
+    "we",
+    "you",
+    "go",
+    "house",
+    "red",
+    "old",
+    "sing",
+    "run",
+    "far",
+    "sea",
+]
 
 
 def rows(seed, count=60, length=9):

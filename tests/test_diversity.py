@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.diversity import distinct_interval, distinct_n, repetition
+from evaluation.diversity import (
+    distinct_interval,
+    distinct_n,
+    distinct_per_reply,
+    ead,
+    ead_interval,
+    repetition,
+    taken_from,
+)
 
 CONVAI2 = Path(__file__).parents[2] / "shared/data/convai2_personachat/valid_self_original.txt"
 REPLIES = ["i like dogs .", "i like cats .", "no"]  # 7 tokens: i like dogs i like cats no
@@ -65,6 +73,57 @@ def test_repetition_by_hand():
     assert repetition("i like to eat pizza") == (0, 2)
     assert repetition("too short now") == (0, 0)
     assert repetition("") == (0, 0)
+
+
+def test_taken_from_by_hand():
+    context = ["i have two dogs and a cat", "well i like to eat"]
+    assert taken_from("i have two dogs and you", context) == (2, 3)
+    assert taken_from("i like to eat i like to eat", context) == (2, 5)  # the repeat is in the texts too
+    assert taken_from("go on go on go on", context) == (0, 3)  # repetition within the reply is another number
+    assert taken_from("too short", context) == (0, 0)
+    assert taken_from("i have two dogs", []) == (0, 1)
+
+
+def test_distinct_per_reply_by_hand():
+    assert distinct_per_reply("go on go on", 1) == 2 / 4
+    assert distinct_per_reply("go on go on", 2) == 2 / 3
+    assert distinct_per_reply("go", 2) is None
+
+
+def test_ead_by_hand():
+    # two draws from two words show 2 (1 - 1/4) = 1.5 different ones
+    assert ead(1, 2, vocabulary=2) == pytest.approx(1 / 1.5)
+    assert ead(2, 2, vocabulary=2) == pytest.approx(2 / 1.5)
+    # 3 of 5 words, vocabulary 10: 10 (1 - 0.9^5) = 4.0951
+    assert ead(3, 5, vocabulary=10) == pytest.approx(3 / 4.0951)
+    for different, total, vocabulary in ((0, 0, 10), (6, 5, 10), (11, 20, 10)):
+        with pytest.raises(ValueError, match="`vocabulary`"):
+            ead(different, total, vocabulary)
+
+
+def test_ead_does_not_fall_with_size_as_distinct_does():
+    rng = np.random.default_rng(1)
+    draws = rng.integers(1000, size=20_000)
+    small, large = (" ".join(f"w{i}" for i in draws[:size]) for size in (500, 20_000))
+    values = [ead_interval([text], ["d"], vocabulary=1000).value for text in (small, large)]
+    assert values == pytest.approx([1, 1], abs=0.05)  # what its expectation is for uniform draws
+    assert distinct_n([small], 1, 500) > 10 * distinct_n([large], 1, 20_000)
+
+
+def test_ead_interval_is_leaving_each_dialogue_out():
+    replies = ["w1 w2 w3", "w3 w4", "w1 w5 w6 w7", "w8 w8"]
+    clusters = ["a", "b", "c", "a"]
+    words = [reply.split() for reply in replies]
+
+    def value(kept):
+        found = [word for i in kept for word in words[i]]
+        return len(set(found)) / (20 * (1 - (19 / 20) ** len(found)))
+
+    without = np.array([value([i for i in range(4) if clusters[i] != c]) for c in "abc"])
+    error = math.sqrt(2 / 3 * ((without - without.mean()) ** 2).sum())
+    whole = value(range(4))
+    expected = (whole, max(0, whole - 1.959964 * error), whole + 1.959964 * error)
+    assert ead_interval(replies, clusters, vocabulary=20) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.skipif(not CONVAI2.exists(), reason="ConvAI2 validation data is not beside the checkout")

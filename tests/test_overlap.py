@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
 
 from evaluation.overlap import bleu, bleu_from_statistics, bleu_per_reply, bleu_statistics, f1, normalize, rouge
 
@@ -49,7 +50,8 @@ def test_rouge_by_hand():
     assert scores["rouge1"] == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
     assert scores["rouge2"] == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
     assert scores["rougeL"] == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
-    assert rouge("running", "run")["rouge1"] == 0  # a stemmer would say 1
+    assert rouge("running", "run")["rouge1"] == 0
+    assert rouge("running", "run", use_stemmer=True)["rouge1"] == 1
     assert rouge("", "run") == {"rouge1": 0, "rouge2": 0, "rougeL": 0}
 
 
@@ -70,6 +72,27 @@ def test_bleu_is_sacrebleu_and_its_statistics_add_up():
     assert signature.startswith("nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|version:")
     totals = sum(bleu_statistics(*pair) for pair in zip(RESPONSES, REFERENCES, strict=True))
     assert bleu_from_statistics(totals) == pytest.approx(upstream, abs=1e-9)
+
+
+def test_rouge_is_rouge_score():
+    for stemmer in (False, True):
+        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=stemmer)
+        for response, reference in zip(RESPONSES, REFERENCES, strict=True):
+            theirs = scorer.score(target=reference, prediction=response)
+            assert rouge(response, reference, stemmer) == {name: score.fmeasure for name, score in theirs.items()}
+
+
+@pytest.mark.skipif(not CONVAI2.exists(), reason="ConvAI2 validation data is not beside the checkout")
+def test_bleu_of_summed_statistics_is_sacrebleu_on_convai2():
+    lines = [line.split("\t") for line in CONVAI2.read_text(encoding="utf-8").splitlines() if "\t" in line][:1500]
+    replies, references = [cells[0].partition(" ")[2] for cells in lines], [cells[1] for cells in lines]
+    upstream = sacrebleu.corpus_bleu(replies, [references], lowercase=True, force=True).score
+    totals = sum(bleu_statistics(*pair) for pair in zip(replies, references, strict=True))
+    assert upstream > 0.1
+    assert bleu_from_statistics(totals) == upstream  # the same integers into the same formula
+    assert bleu(replies, references)[0] == upstream
+    # several decodings of a prompt are averaged before they are summed: means of counts need not be whole
+    assert bleu_from_statistics(np.stack([totals, totals + 0.25])) == pytest.approx([upstream] * 2)
 
 
 def test_bleu_by_hand():

@@ -2,7 +2,16 @@
 
 import pytest
 
-from evaluation.persona import copied_share, fact_density, is_copy, keyword_score
+from evaluation.persona import (
+    copied_share,
+    fact_density,
+    is_copy,
+    keyword_score,
+    persona_lift,
+    persona_overlap,
+    verbatim_items,
+    verbatim_kept,
+)
 
 PERSONA = ["i have two dogs .", "i work as a teacher .", "my favorite food is pizza .", "i am 30 ."]
 
@@ -41,7 +50,60 @@ def test_is_copy_is_more_than_half():
     assert is_copy(PERSONA, "i have two dogs and they bark")  # 4 of 7
 
 
-@pytest.mark.parametrize("metric", [keyword_score, fact_density])
+def test_keyword_score_is_configurable():
+    assert keyword_score(PERSONA, "teachers and homework", whole_words=True) == 0
+    assert keyword_score(PERSONA, "my DOGS!", whole_words=True) == 1 / 4
+    assert keyword_score(PERSONA, "i am 30", min_length=2) == 1 / 4
+    assert keyword_score(PERSONA, "my dogs", stop_words={"dogs"}) == 0
+
+
+def test_persona_overlap_by_hand():
+    # the persona's words less stop words: two dogs work teacher favorite food pizza 30 like-wise "have", "my" are none
+    found = persona_overlap(PERSONA, "my dogs eat pizza and i work")
+    # of {dogs, eat, pizza, work} three are among the persona's {two, dogs, work, teacher, favorite, food, pizza, 30}
+    assert found == pytest.approx((3 / 4, 3 / 8, 2 * (3 / 4) * (3 / 8) / (3 / 4 + 3 / 8)))
+    assert persona_overlap(PERSONA, "dogs dogs dogs").precision == 1  # sets
+    assert persona_overlap(PERSONA, "dog") == (0, 0, 0)  # no stems
+    assert persona_overlap(PERSONA, "") == persona_overlap(PERSONA, "i am") == (0, 0, 0)
+
+
+def test_persona_lift_by_hand():
+    other = ["i have a cat .", "i eat pizza ."]
+    assert persona_lift(PERSONA, other, "two dogs eat pizza") == 2 / 4 - 1 / 2
+    assert persona_lift(PERSONA, other, "hello") == 0
+    assert persona_lift(PERSONA, other, "a cat") == -1 / 2
+
+
+def test_verbatim_items():
+    text = "Write to me@a-b.org or see https://www.example.org/apply?x=1. It costs 1,995.50 since 12/10, ask Dr Ann Lee in Rome."
+    assert verbatim_items(text) == {
+        *("me@a-b.org", "https://www.example.org/apply?x=1", "1,995.50", "12/10", "Dr Ann Lee", "Rome")
+    }
+    assert verbatim_items("I am 30 . Well , it is A4 or b2b") == {"30", "A4"}
+    assert verbatim_items("My name is set . The end") == set()  # a sentence's first word has its capital anyway
+
+
+@pytest.mark.parametrize(
+    ("reply", "kept"),
+    [
+        ("apply at www.example.org/apply.", 1),
+        ("apply at www.example.org/ap", 0),  # cut off
+        ("apply at www.example.org/apply/now", 0),  # goes on
+        ("it has 19 rooms, www.example.org/apply", 2),
+        ("it has 1995 rooms", 0),
+        ("it has 19.5 rooms", 0),
+        ("19", 1),
+        ("", 0),
+    ],
+)
+def test_verbatim_kept(reply, kept):
+    persona = ["i work for www.example.org/apply", "we have 19 rooms", "we are in Rome"]
+    reference = "we have 19 rooms, see www.example.org/apply"  # Rome is not called for
+    assert verbatim_kept(persona, reference, reply) == (kept, 2)
+    assert verbatim_kept(persona, "hello", reply) == (0, 0)
+
+
+@pytest.mark.parametrize("metric", [keyword_score, fact_density, persona_overlap])
 def test_an_empty_persona_has_no_share(metric):
     with pytest.raises(ValueError, match="`persona` is empty"):
         metric([], "hello")
