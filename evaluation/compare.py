@@ -68,7 +68,7 @@ def fact_items(rows: Iterable[Row]) -> dict[str, Items]:
     Args:
         rows: probe rows with `correct` and `decoding`; others are left out.
     """
-    verdicts: dict[str, dict[Hashable, dict[Hashable, list[float]]]] = {}
+    verdicts: dict[str, dict[tuple[Any, ...], dict[Hashable, list[float]]]] = {}
     for row in rows:
         if row.get("correct") is not None and row["kind"] in KINDS:
             name = "persona_consistency" if row["decoding"] == "greedy" else "persona_consistency_sampled"

@@ -64,10 +64,7 @@ def nats_statistic(name: str) -> Statistic:
 
 
 def perplexity_intervals(
-    nll_sums: Sequence[float],
-    num_tokens: Sequence[int],
-    num_words: Sequence[int],
-    num_bytes: Sequence[int],
+    rows: Sequence[Mapping[str, Any]],
     clusters: Sequence[Hashable],
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
@@ -77,19 +74,18 @@ def perplexity_intervals(
     The interval is taken of the mean nats per unit and carried through the (monotone) exponential.
 
     Args:
-        nll_sums: nats, one sum a reply (`reply_nll`).
-        num_tokens, num_words, num_bytes: scored tokens, words and bytes of each reply.
-        clusters: the dialogue of each reply.
+        rows: of `dialogue_nats` or `text_nats`, with the `nats` and counts of a dialogue or text.
+        clusters: what each row belongs to.
     """
-    counts = dict(zip(COUNTS, (num_tokens, num_words, num_bytes), strict=True))
-    nats = {
-        name: cluster_bootstrap(nll_sums, denominators, clusters, num_resamples, seed)
-        for name, denominators in counts.items()
-    }
-    return {
-        name: Interval(*(bits_per_byte(x, 1) if name == "bits_per_byte" else perplexity(x, 1) for x in interval))
-        for name, interval in nats.items()
-    }
+    intervals = {}
+    for name, unit in COUNTS.items():
+        nats = cluster_bootstrap(
+            [row["nats"] for row in rows], [row[unit] for row in rows], clusters, num_resamples, seed
+        )
+        intervals[name] = Interval(
+            *(bits_per_byte(x, 1) if name == "bits_per_byte" else perplexity(x, 1) for x in nats)
+        )
+    return intervals
 
 
 # -- dialogues and plain text ------------------------------------------------------------------------------------------

@@ -259,8 +259,7 @@ def _add_perplexity(
 ) -> list[Row]:
     """Perplexity of all replies of the held-out dialogues, given persona and history; returns what it is made of."""
     rows = dialogue_nats(model, tokenizer, dialogues, args.max_length, args.batch_size)
-    columns = ([row[key] for row in rows] for key in ("nats", "tokens", "words", "bytes"))
-    intervals = perplexity_intervals(*columns, independent(dialogues)[1], seed=args.seed)
+    intervals = perplexity_intervals(rows, independent(dialogues)[1], seed=args.seed)
     for name, interval in intervals.items():
         _add(results, name, interval, sum(row["replies"] for row in rows))
     return [

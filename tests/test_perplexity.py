@@ -37,7 +37,8 @@ def test_units_by_hand():
 
 def test_word_and_token_perplexity_are_one_sum():
     # word perplexity = token perplexity ^ (tokens / words), and sums come before the exponential
-    found = perplexity_intervals([10.0, 30.0], [10, 10], [8, 8], [40, 40], ["a", "b"])
+    rows = [{"nats": nats, "tokens": 10, "words": 8, "bytes": 40} for nats in (10.0, 30.0)]
+    found = perplexity_intervals(rows, ["a", "b"])
     assert found["perplexity_token"].value == pytest.approx(math.exp(40 / 20))  # not the mean of e^1 and e^3
     assert found["perplexity_word"].value == pytest.approx(math.exp(2) ** (20 / 16))
     assert found["bits_per_byte"].value == pytest.approx(40 / 80 / math.log(2))

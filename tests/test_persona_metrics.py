@@ -58,7 +58,6 @@ def test_keyword_score_is_configurable():
 
 
 def test_persona_overlap_by_hand():
-    # the persona's words less stop words: two dogs work teacher favorite food pizza 30 like-wise "have", "my" are none
     found = persona_overlap(PERSONA, "my dogs eat pizza and i work")
     # of {dogs, eat, pizza, work} three are among the persona's {two, dogs, work, teacher, favorite, food, pizza, 30}
     assert found == pytest.approx((3 / 4, 3 / 8, 2 * (3 / 4) * (3 / 8) / (3 / 4 + 3 / 8)))

@@ -5,10 +5,13 @@ import math
 import shutil
 
 import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from evaluation.compare import compare, system_items
 from evaluation.run import EvaluateConfig, _kl_rows, main, rule_reply
 from rlhf.config import parse
-from rlhf.files import folder_hash, read_jsonl, write_json
+from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
 from rlhf.pipeline import config_classes
 from rlhf.record import RunError, read_record
 
@@ -101,6 +104,47 @@ def test_data_without_probes(tiny_llama, dataset, tmp_path):
         assert "persona_consistency" not in results[name]["metrics"] and results[name]["breakdown"] == []
         assert results[name]["run"]["not_scored"]["persona_consistency"] == "the data has no probes.jsonl"
         assert len(read_jsonl(tmp_path / "evaluate" / name / "replies.jsonl")) == 3
+
+
+def test_candidates_and_a_judge(tiny_llama, dataset, tmp_path):
+    """Data with candidates has hits@1; with a classifier there is a C-score, of rules and models alike."""
+    data, judge = tmp_path / "prepare", tmp_path / "judge"
+    shutil.copytree(dataset, data)
+    rows = read_jsonl(data / "dialogues_heldout.jsonl")
+    for row in rows:
+        row["candidates"] = [
+            [m["content"], "well", "no"] if m["role"] == "assistant" else None for m in row["messages"]
+        ]
+    write_jsonl(data / "dialogues_heldout.jsonl", rows)
+    write_json(data / "metadata.json", read_record(data) | {"result_hash": folder_hash(data)})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    labels = {0: "entailment", 1: "neutral", 2: "contradiction"}
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, id2label=labels, **sizes)
+    classifier = BertForSequenceClassification(config)
+    with torch.no_grad():  # says "entailment" whatever it reads
+        classifier.classifier.weight.zero_()
+        classifier.classifier.bias.copy_(torch.tensor([3.0, 0.0, 0.0]))
+    classifier.save_pretrained(judge)
+    tokenizer.save_pretrained(judge)
+
+    folder = tmp_path / "evaluate"
+    systems = {"base": None, "oracle": None, "silence": None}
+    results = evaluate(folder, data, tiny_llama, systems, nli_model=judge, max_ranked=8)
+    hits = results["base"]["metrics"]["hits_at_1"]
+    assert hits["n"] == 8 and results["base"]["run"]["candidates"] == [3]
+    likelihoods = read_jsonl(folder / "base" / "likelihoods.jsonl")
+    assert [("nats" in row, "hit" in row) for row in likelihoods] == [(True, False)] * 9 + [(False, True)] * 8
+    assert hits["value"] == sum(row["hit"] for row in likelihoods[9:]) / 8
+    nats, tokens = (sum(row[key] for row in likelihoods[:9]) for key in ("nats", "tokens"))
+    assert value(results, "base", "perplexity_token") == pytest.approx(math.exp(nats / tokens))
+    assert not (folder / "oracle" / "likelihoods.jsonl").exists()
+    facts = len(rows[0]["persona"])
+    assert value(results, "oracle", "c_score") == facts and value(results, "silence", "c_score") == 0
+    assert results["oracle"]["run"]["nli_model"] == str(judge)
+    compared = compare(system_items(folder / "base"), system_items(folder / "oracle"), 200, 200)
+    assert {"persona_consistency", "bleu", "c_score"} <= set(compared) and "hits_at_1" not in compared
+    assert compared["c_score"]["effect_name"] == "Cliff's delta"
 
 
 def test_a_changed_adapter_is_refused(tiny_llama, dataset, sft_run, tmp_path):

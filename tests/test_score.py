@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # What needs a model or probes.
 ELSEWHERE = {
     *("persona_consistency", "persona_consistency_sampled", "kl_reference", "perplexity_token", "perplexity_word"),
-    *("bits_per_byte", "hits_at_1", "c_score"),
+    *("bits_per_byte", "hits_at_1"),
 }
 
 
@@ -85,6 +85,50 @@ def test_values_by_hand():
     assert (value["repetition"], count["repetition"]) == (1 / 5, 5)
 
 
+def test_values_of_the_other_metrics_by_hand():
+    metrics = score_rows(make_rows(), seed=0)["metrics"]
+    value = {name: row["value"] for name, row in metrics.items()}
+    count = {name: row["n"] for name, row in metrics.items()}
+    # words less stop words: two dogs work teacher of the persona; of the replies work teacher | yes like walk | | (no)
+    assert value["persona_precision"] == (2 / 2 + 0 + 0 + 0) / 4
+    assert value["persona_recall"] == (2 / 4 + 0 + 0 + 0) / 4
+    # own earlier turn "i like to walk my dogs": 1 of the 5 4-grams; "i work as teacher and you", "yes i like to walk"
+    assert (value["repetition_within"], value["repetition_across"]) == (0, 1 / 5)
+    # persona "i work as teacher", own turn "i like to walk", user's "yes i like to": 3 of 5
+    assert (value["repetition_context"], count["repetition_context"]) == (3 / 5, 5)
+    # user's turns: "hi , what do you do ?" three times (content word: hi) and "yes i like to sing" (yes, sing)
+    assert value["uptake"] == (0 + 1 / 2 + 0 + 0) / 4 and count["uptake"] == 4
+    assert value["follow_up_rate"] == 0
+    # 7 + 5 + 1 words of replies to 4 + 5 + 2 words of references
+    assert (value["length_ratio"], count["length_ratio"]) == (13 / 11, 11)
+    # sentences: two of the first reply and one each of the second and last
+    assert (value["sentence_words"], count["sentence_words"]) == (13 / 4, 4)
+    assert (value["punctuation_rate"], value["capital_rate"]) == (2 / 13, 0)
+    # "and" of the first reply and its "?"; "yes"; "no"; and lengths 9, 5, 0, 1 of 30
+    assert value["engagement_score"] == pytest.approx((0.15 + 0.25 + 0.15 + 0.15 + 0.1 * 15 / 30) / 4)
+    # 11 different of 12 words
+    assert value["ead"] == pytest.approx(11 / (19_304 * (1 - (19_303 / 19_304) ** 12)))
+    assert count["ead"] == 12
+
+
+def test_lift_is_against_another_character_whatever_the_order():
+    rows = [
+        make_row(persona=[f"i live in town{i} ."], response=f"town{i if i < 4 else i + 1}", dialogue_id=str(i))
+        for i in range(8)
+    ]
+    lift = score_rows(rows, seed=3)["metrics"]["persona_lift"]
+    # four name their own town; the others name the next one, which counts against them if it is the one drawn
+    other = 4 - 8 * lift["value"]
+    assert other in (0, 1, 2, 3, 4) and METRICS["persona_lift"].low == -1
+    assert score_rows(rows[::-1], seed=3)["metrics"]["persona_lift"]["value"] == lift["value"]
+
+
+def test_recorded_c_scores_are_averaged():
+    rows = [row | {"c_score": value} for row, value in zip(make_rows(), (2.0, -1.0, 0.0, None), strict=True)]
+    scored = score_rows(rows)["metrics"]["c_score"]
+    assert (scored["value"], scored["n"]) == (1 / 3, 3)
+
+
 def test_run_says_what_was_scored():
     run = score_rows(make_rows(), seed=3)["run"]
     assert (run["rows"], run["rows_without_reference"], run["empty_responses"], run["seed"]) == (4, 1, 1, 3)
@@ -93,14 +137,18 @@ def test_run_says_what_was_scored():
     assert run["ead_vocabulary"] == 19_304
     assert run["not_scored"] == {
         "persona_lift": "the rows are of fewer than two characters",
+        "c_score": "no `nli_model` was given, or no row has a persona",
         "verbatim_facts": "no address, number or name stands in a persona and in its reference",
     }
     assert "case:lc" in run["signatures"]["bleu"] and "stemmer:no" in run["signatures"]["rouge"]
 
 
 def test_rows_of_the_table_are_true_to_the_metrics():
-    twenty = {"persona": ["i am 20 ."], "response": "i am 20 .", "reference": "20 .", "dialogue_id": "d4"}
-    result = score_rows([*make_rows(), make_row(**twenty)])
+    numbers = [
+        make_row(persona=[f"i am {n} ."], response=f"i am {n} .", reference=f"{n} .", dialogue_id=f"d{n}")
+        for n in (20, 30)
+    ]
+    result = score_rows([{**row, "c_score": 1.0} for row in (*make_rows(), *numbers)])
     assert set(result["metrics"]) == set(METRICS) - ELSEWHERE
     for name, row in result["metrics"].items():
         assert list(row) == ["value", "ci_low", "ci_high", "n", "unit", "higher_is_better"]
@@ -153,7 +201,7 @@ def test_all_replies_empty():
     assert result["run"]["empty_responses"] == 3
     # a ratio over nothing has no value: it is named, and not 0
     assert set(result["run"]["not_scored"]) == {
-        *("distinct_1", "distinct_2", "ead", "persona_lift", "verbatim_facts", "mean_idf"),
+        *("distinct_1", "distinct_2", "ead", "persona_lift", "c_score", "verbatim_facts", "mean_idf"),
         *("repetition", "repetition_within", "repetition_across", "repetition_context"),
         *("sentence_words", "punctuation_rate", "capital_rate"),
     }
