@@ -184,7 +184,10 @@ class Measure(NamedTuple):
     """Replies, or what the ratio's denominators count (4-grams, words, items)."""
 
 
-# Why a metric is not among the measures; checked in this order by `score_rows`.
+# Metrics whose value for a reply is already in its row, under the metric's name; they are averaged as they are.
+RECORDED = ("c_score",)
+
+# Why a metric is not among the measures.
 REASONS = {
     **dict.fromkeys(
         ("keyword_score", "copy_rate", "fact_density", "persona_precision", "persona_recall", "persona_f1"),
@@ -236,7 +239,7 @@ def _persona_measures(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str,
     overlaps = [persona_overlap(*pair) for pair in pairs]
     others = _other_personas([rows[i] for i in chosen], seed)
     lifts = [persona_lift(mine, other, reply) for (mine, reply), other in zip(pairs, others, strict=False)]
-    judged = [i for i in chosen if rows[i].get("c_score") is not None]
+    judged = {name: [i for i in chosen if rows[i].get(name) is not None] for name in RECORDED}
     referred = [i for i in chosen if rows[i]["reference"] is not None]
     kept = [verbatim_kept(rows[i]["persona"], rows[i]["reference"], rows[i]["response"]) for i in referred]
     return {
@@ -252,7 +255,7 @@ def _persona_measures(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str,
             },
         ),
         **(_means(chosen, {"persona_lift": lifts}) if others else {}),
-        **_means(judged, {"c_score": [rows[i]["c_score"] for i in judged]}),
+        **{k: v for name, at in judged.items() for k, v in _means(at, {name: [rows[i][name] for i in at]}).items()},
         **_ratios(referred, {"verbatim_facts": kept}),
     }
 
@@ -459,6 +462,6 @@ def score(arguments: argparse.Namespace) -> None:
     for name, row in results["metrics"].items():
         arrow = {True: "↑", False: "↓", None: " "}[row["higher_is_better"]]
         bounds = "no interval" if row["ci_low"] is None else f"[{row['ci_low']:.4g}, {row['ci_high']:.4g}]"
-        print(f"{name:15} {arrow} {row['value']:8.4g}  {bounds:20}  n={row['n']:<7} {row['unit']}")
+        print(f"{name:20} {arrow} {row['value']:8.4g}  {bounds:20}  n={row['n']:<7} {row['unit']}")
     for name, reason in results["run"]["not_scored"].items():
-        print(f"{name:15}   not scored: {reason}")
+        print(f"{name:20}   not scored: {reason}")

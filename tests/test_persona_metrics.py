@@ -91,6 +91,7 @@ def test_verbatim_items():
         ("it has 19 rooms, www.example.org/apply", 2),
         ("it has 1995 rooms", 0),
         ("it has 19.5 rooms", 0),
+        ("it has 5,19 rooms", 0),
         ("19", 1),
         ("", 0),
     ],

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sacrebleu
+from scipy import stats
 
 from evaluation import METRICS
 from evaluation.__main__ import main
 from evaluation.score import independent, read_rows, score_rows
 
 ROOT = Path(__file__).parents[1]
+CONVAI2 = ROOT.parent / "shared/data/convai2_personachat/valid_self_original.txt"
 # What needs a model or probes.
 ELSEWHERE = {
     *("persona_consistency", "persona_consistency_sampled", "kl_reference", "perplexity_token", "perplexity_word"),
@@ -121,6 +123,49 @@ def test_lift_is_against_another_character_whatever_the_order():
     other = 4 - 8 * lift["value"]
     assert other in (0, 1, 2, 3, 4) and METRICS["persona_lift"].low == -1
     assert score_rows(rows[::-1], seed=3)["metrics"]["persona_lift"]["value"] == lift["value"]
+    own = [row | {"response": f"town{i}"} for i, row in enumerate(rows)]
+    assert {score_rows(own, seed=seed)["metrics"]["persona_lift"]["value"] for seed in range(9)} == {
+        1
+    }  # never oneself
+
+
+def test_a_rate_of_0_has_wilsons_interval():
+    rows = [make_row(response="no", dialogue_id=str(i // 2)) for i in range(40)]
+    scored = score_rows(rows)["metrics"]["question_rate"]
+    assert (scored["value"], scored["ci_low"]) == (0, 0)
+    assert scored["ci_high"] == pytest.approx(stats.binomtest(0, 20).proportion_ci(method="wilson").high)  # dialogues
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CONVAI2.exists(), reason="ConvAI2 validation data is not beside the checkout")
+def test_human_replies_of_convai2():
+    """Against values that were measured with other code, to the places that were noted."""
+    rows, persona, history, number = [], [], [], 0
+    for line in CONVAI2.read_text(encoding="utf-8").splitlines():
+        place, _, text = line.partition(" ")
+        if place == "1":
+            persona, history, number = [], [], number + 1
+        if text.startswith("your persona: "):
+            persona.append(text.removeprefix("your persona: "))
+        else:
+            said, reply = text.split("\t")[:2]
+            history = [*history, {"role": "user", "content": said}]
+            row = {"persona": persona, "history": history, "response": reply, "reference": reply}
+            rows.append({**row, "dialogue_id": str(number)})
+            history = [*history, {"role": "assistant", "content": reply}]
+    assert len(rows) == 7801 and number == 1000
+    metrics = score_rows(rows, num_resamples=50)["metrics"]
+    for name, expected, places in (
+        ("question_rate", 0.288, 3),
+        ("copy_rate", 0.008, 3),
+        ("repetition_across", 0.003, 3),
+        ("repetition_within", 0.000, 3),
+        ("engagement_score", 0.22, 2),
+        ("bleu", 100, 6),
+        ("length_ratio", 1, 6),
+        ("verbatim_facts", 1, 6),
+    ):
+        assert metrics[name]["value"] == pytest.approx(expected, abs=0.5 * 10**-places), name
 
 
 def test_recorded_c_scores_are_averaged():
