@@ -4,8 +4,10 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from evaluation.perplexity import reply_nll
+import torch
+
 from rlhf.chat import render, render_within
+from rlhf.generate import inference
 from rlhf.persona import with_persona
 
 if TYPE_CHECKING:
@@ -25,14 +27,14 @@ def candidate_hits(
     tokenizer: "PreTrainedTokenizerBase",
     dialogues: Sequence[Mapping[str, Any]],
     max_length: int,
-    batch_size: int,
     max_replies: int | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Rank the candidates of each reply by their mean log-probability a token, end of turn included.
 
     ConvAI2 gives 20 candidates, the reply and 19 of other dialogues, so that chance is 5 %. The mean is taken because
-    the sum would favour short candidates. Candidates with the same text are one.
+    the sum would favour short candidates. Candidates with the same text are one. The prompt is read once for all
+    candidates of a reply, since it is most of what there is to read.
 
     Source: Dinan et al. 2019, hits@1/20 of ConvAI2.
 
@@ -54,23 +56,46 @@ def candidate_hits(
     if max_replies is not None and max_replies < len(asked):
         kept = sorted(random.Random(seed).sample(range(len(asked)), max_replies))
         asked = [asked[index] for index in kept]
-    found, ids, masks = [], [], []
-    for row, turn in asked:
-        gold = row["messages"][turn]["content"]
-        choices = list(dict.fromkeys([gold, *row["candidates"][turn]]))
-        prompts, replies = _candidate_ids(row, turn, choices, tokenizer, max_length)
-        for reply in replies:
-            ids.append(prompts + reply)
-            masks.append([0] * len(prompts) + [1] * len(reply))
-        where = {"persona": row["persona"], "dialogue_id": row["dialogue_id"], "turn": turn}
-        found.append({**where, "candidates": len(choices)})
-    nats = reply_nll(model, ids, masks, batch_size)
-    means = [total / sum(mask) for total, mask in zip(nats, masks, strict=True)]
-    start = 0
-    for entry in found:
-        entry["hit"] = first_place(means[start : start + entry["candidates"]], 0)
-        start += entry["candidates"]
+    found = []
+    with inference(model):
+        for row, turn in asked:
+            choices = list(dict.fromkeys([row["messages"][turn]["content"], *row["candidates"][turn]]))
+            nats = mean_nats(model, *_candidate_ids(row, turn, choices, tokenizer, max_length))
+            found.append(
+                {
+                    "persona": row["persona"],
+                    "dialogue_id": row["dialogue_id"],
+                    "turn": turn,
+                    "candidates": len(choices),
+                    "hit": first_place(nats, 0),
+                }
+            )
     return found
+
+
+def mean_nats(model: "PreTrainedModel", prompt: Sequence[int], replies: Sequence[Sequence[int]]) -> list[float]:
+    """Mean of -log p a token of each reply behind one prompt, in nats; the prompt's keys and values are shared."""
+    read = model(input_ids=torch.tensor([list(prompt)], device=model.device), use_cache=True, logits_to_keep=1)
+    logits = read.logits.expand(len(replies), -1, -1)  # (replies, 1, vocabulary): of the first token
+    width = max(map(len, replies)) - 1  # the last token of a reply is scored and not read
+    if width:
+        cache = read.past_key_values
+        cache.batch_repeat_interleave(len(replies))
+        padded = [[*reply[:-1], *[0] * (width + 1 - len(reply))] for reply in replies]
+        mask = [[1] * (len(prompt) + len(reply) - 1) + [0] * (width + 1 - len(reply)) for reply in replies]
+        rest = model(
+            input_ids=torch.tensor(padded, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        logits = torch.cat([logits, rest], dim=1)
+    means = []
+    for row, reply in enumerate(replies):
+        scores, ids = logits[row, : len(reply)].float(), torch.tensor(list(reply), device=model.device)
+        chosen = scores.gather(1, ids[:, None])[:, 0]
+        means.append((torch.logsumexp(scores, dim=1) - chosen).double().mean().item())
+    return means
 
 
 def _candidate_ids(

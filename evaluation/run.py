@@ -270,7 +270,7 @@ def _add_perplexity(
 
 def _add_hits(results: Row, model: Any, tokenizer: Any, dialogues: Sequence[Row], args: EvaluateConfig) -> list[Row]:
     """hits@1, where the data has candidates; returns the ranked replies."""
-    hits = candidate_hits(model, tokenizer, dialogues, args.max_length, args.batch_size, args.max_ranked, args.seed)
+    hits = candidate_hits(model, tokenizer, dialogues, args.max_length, args.max_ranked, args.seed)
     if not hits:
         results["run"]["not_scored"]["hits_at_1"] = "the dialogues have no candidates"
         return []

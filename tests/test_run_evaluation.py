@@ -106,7 +106,7 @@ def test_data_without_probes(tiny_llama, dataset, tmp_path):
         assert len(read_jsonl(tmp_path / "evaluate" / name / "replies.jsonl")) == 3
 
 
-def test_candidates_and_a_judge(tiny_llama, dataset, tmp_path):
+def test_candidates_and_a_judge(tiny_llama, dataset, sft_run, tmp_path):
     """Data with candidates has hits@1; with a classifier there is a C-score, of rules and models alike."""
     data, judge = tmp_path / "prepare", tmp_path / "judge"
     shutil.copytree(dataset, data)
@@ -129,8 +129,9 @@ def test_candidates_and_a_judge(tiny_llama, dataset, tmp_path):
     tokenizer.save_pretrained(judge)
 
     folder = tmp_path / "evaluate"
-    systems = {"base": None, "oracle": None, "silence": None}
+    systems = {"base": None, "sft": str(sft_run.folder), "oracle": None, "silence": None}
     results = evaluate(folder, data, tiny_llama, systems, nli_model=judge, max_ranked=8)
+    assert results["sft"]["metrics"]["hits_at_1"]["n"] == 8
     hits = results["base"]["metrics"]["hits_at_1"]
     assert hits["n"] == 8 and results["base"]["run"]["candidates"] == [3]
     likelihoods = read_jsonl(folder / "base" / "likelihoods.jsonl")
