@@ -74,7 +74,7 @@ def _resampled_totals(sums: np.ndarray, num_resamples: int, seed: int) -> Iterat
 
 
 def _percentile_interval(value: float, resampled: np.ndarray, num_clusters: int) -> Interval:
-    if num_clusters == 1:  # every resample is the sample itself: zero width would claim a certainty that is not there
+    if num_clusters <= 1:  # every resample is the sample itself: zero width would claim a certainty that is not there
         return Interval(value, math.nan, math.nan)
     low, high = np.percentile(resampled, [2.5, 97.5])
     return Interval(value, float(low), float(high))
@@ -98,8 +98,8 @@ def bootstrap_together(
         clusters: the dialogue or persona of each row.
 
     Returns:
-        An `Interval` each; the bounds are NaN when there is one cluster only. A resample that has no value (a ratio
-        whose denominators add up to 0) does not count.
+        An `Interval` each; the bounds are NaN when one cluster only has something other than zeros. A resample that has
+        no value (a ratio whose denominators add up to 0) does not count.
 
     Raises:
         ValueError: on empty, unequal or non-finite input, or when a number has no value.
@@ -118,7 +118,8 @@ def bootstrap_together(
         resampled = statistic(totals[:, columns])
         if resampled.shape != (num_resamples,):
             raise ValueError(f"the `statistic` of {name!r} must map totals (b, k) to (b,), got {resampled.shape}.")
-        intervals[name] = _percentile_interval(value, resampled[~np.isnan(resampled)], len(sums))
+        telling = int((sums[:, columns] != 0).any(axis=1).sum())
+        intervals[name] = _percentile_interval(value, resampled[~np.isnan(resampled)], telling)
     return intervals
 
 

@@ -116,8 +116,12 @@ def test_one_cluster_has_no_interval():
 def test_zero_denominators():
     with pytest.raises(ValueError, match="`denominators` add up to 0"):
         cluster_bootstrap([0, 0], [0, 0], ["a", "b"])
-    # resamples of the empty cluster alone have no value; the others all have 1/2
-    assert cluster_bootstrap([1, 0], [2, 0], ["a", "b"]) == (0.5, 0.5, 0.5)
+    # resamples of the empty cluster alone have no value; the others are those of a and b: 1/2, or one of both
+    value, low, high = cluster_bootstrap([1, 0, 3], [2, 0, 4], ["a", "b", "c"])
+    assert (value, low, high) == (4 / 6, 1 / 2, 3 / 4)
+    # one cluster has all there is: its value is no certainty
+    value, low, high = cluster_bootstrap([1, 0], [2, 0], ["a", "b"])
+    assert value == 0.5 and math.isnan(low) and math.isnan(high)
     with pytest.raises(ValueError, match="`numerators` has 1 entries, `denominators` 2"):
         cluster_bootstrap([1], [1, 1], ["a"])
 

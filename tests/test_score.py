@@ -1,5 +1,6 @@
 """`score_rows` and `python -m evaluation score`: values by hand, bad rows, files written."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from scipy import stats
 
 from evaluation import METRICS
 from evaluation.__main__ import main
-from evaluation.score import independent, read_rows, score_rows
+from evaluation.score import independent, parse_row, read_rows, score_rows
 
 ROOT = Path(__file__).parents[1]
 CONVAI2 = ROOT.parent / "shared/data/convai2_personachat/valid_self_original.txt"
@@ -190,7 +191,7 @@ def test_run_says_what_was_scored():
 
 def test_rows_of_the_table_are_true_to_the_metrics():
     numbers = [
-        make_row(persona=[f"i am {n} ."], response=f"i am {n} .", reference=f"{n} .", dialogue_id=f"d{n}")
+        make_row(persona=[f"i am {n} ."], response=f"i am {n} years old .", reference=f"{n} .", dialogue_id=f"d{n}")
         for n in (20, 30)
     ]
     result = score_rows([{**row, "c_score": 1.0} for row in (*make_rows(), *numbers)])
@@ -390,3 +391,14 @@ def test_who_is_one_cluster():
     assert unit == "persona" and clusters[0] == clusters[1] != clusters[2] and clusters[3:] == ["c", "c"]
     assert independent(rows[3:]) == ("reply", [0, 1])
     assert independent([rows[3], {**rows[3], "dialogue_id": "d"}]) == ("dialogue", ["c", "d"])
+
+
+def test_the_benchmark_scores_what_it_generates():
+    spec = importlib.util.spec_from_file_location("evaluation_scaling", ROOT / "benchmarks" / "evaluation_scaling.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    rows = list(benchmark.replies(40))
+    assert all(parse_row(row) == row for row in rows)
+    result = score_rows(rows, num_resamples=50)
+    assert set(result["run"]["not_scored"]) == {"c_score", "verbatim_facts"}
+    assert result["run"]["clusters"] == {"unit": "persona", "n": 4}
