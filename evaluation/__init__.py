@@ -92,7 +92,7 @@ METRICS: dict[str, Metric] = {
             None,
             "reply",
             "persona.py",
-            "fact_density less that of another character of the same rows, drawn by the seed; 0 ignores it; ConvAI2 humans 0.13",
+            "fact_density less that of another character, drawn by the seed from the same rows; ConvAI2 humans 0.13",
         ),
         Metric(
             "verbatim_facts",
@@ -102,7 +102,7 @@ METRICS: dict[str, Metric] = {
             True,
             "corpus",
             "persona.py",
-            "addresses, numbers in digits, capitalised names of the persona that the reference has too, whole in the reply",
+            "addresses, numbers, capitalised names that persona and reference have, whole in the reply",
         ),
         Metric(
             "c_score",

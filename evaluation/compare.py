@@ -1,9 +1,9 @@
 """Two systems on the same prompts: differences with interval, p-value and effect size.
 
 What is compared is an item: one prompt, or one fact that was asked about. Several decodings of an item are averaged
-first, so that they count as one. Items are clustered as for the intervals of a single system, and both systems' items are
-resampled, or swapped, cluster by cluster (`evaluation/intervals.py`). Distinct-n and EAD do not add up over items and are
-not compared here.
+first, so that they count as one. Items are clustered as for the intervals of a single system, and both systems' items
+are resampled, or swapped, cluster by cluster (`evaluation/intervals.py`). Distinct-n and EAD do not add up over items
+and are not compared here.
 """
 
 import json

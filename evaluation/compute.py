@@ -64,7 +64,7 @@ def compute_rouge(responses: Sequence[str], references: Sequence[str], use_stemm
 def compute_distinct_n(
     responses: Sequence[str], n: int = 2, num_tokens: int | None = None, seed: int = 0
 ) -> dict[str, float]:
-    """`{"corpus", "per_reply"}`: different n-grams / n-grams, of the first `num_tokens` tokens and as a mean over replies.
+    """`{"corpus", "per_reply"}`: different n-grams / n-grams, of the first `num_tokens` tokens and as mean of replies.
 
     Args:
         num_tokens: what the corpus value is taken over, and comparable at; None for all tokens.
@@ -200,7 +200,7 @@ def evaluate_multi_turn_engagement(
     markers: Mapping[str, Sequence[str]] = MARKERS,
     weights: Mapping[str, float] = WEIGHTS,
 ) -> dict[str, float]:
-    """[`evaluate_engagement`] turn by turn: `{"turn_1": …, "average": …}`, the average over all turns of all dialogues.
+    """[`evaluate_engagement`] turn by turn: `{"turn_1": …, "average": …}`, the average over all replies.
 
     Args:
         conversations: the bot's replies of each dialogue, in order; they may differ in number.

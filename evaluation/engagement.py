@@ -50,8 +50,8 @@ def engagement_score(
     """The earlier project's score: a weight for each flag with a marker in the reply, and one for its length. 0 to 1.
 
     By default a marker may be a SUBSTRING, as it was there: "and" counts in "understand", "no" in "know", so that
-    "understand? !no" has 0.91 and human ConvAI2 turns 0.22. It is no measure of quality. `whole_words` asks for the word
-    itself; markers without a letter are looked for as they are.
+    "understand? !no" has 0.91 and human ConvAI2 turns 0.22. It is no measure of quality. `whole_words` asks for the
+    word itself; markers without a letter are looked for as they are.
 
     Raises:
         ValueError: when a flag has markers and no weight, or the reverse.

@@ -55,8 +55,8 @@ def load_nli(name_or_path: str) -> NLI:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except OSError as error:
         raise OSError(
-            f"`nli_model`: cannot load {name_or_path!r} ({str(error).splitlines()[0]}). Name a folder or a cached model "
-            "for sequence classification with NLI labels, or leave the key out: then there is no C-score."
+            f"`nli_model`: cannot load {name_or_path!r} ({str(error).splitlines()[0]}). Name a folder or a cached "
+            "model for sequence classification with NLI labels, or leave the key out: then there is no C-score."
         ) from error
     columns = label_columns(model.config.id2label)
     revision = getattr(model.config, "_commit_hash", None)
@@ -66,7 +66,7 @@ def load_nli(name_or_path: str) -> NLI:
 
 @torch.no_grad()
 def probabilities(nli: NLI, premises: Sequence[str], hypotheses: Sequence[str], batch_size: int = 32) -> np.ndarray:
-    """Probabilities ``(n, 3)`` of contradiction, neutral and entailment of each (premise, hypothesis), in this order."""
+    """Probabilities ``(n, 3)`` of contradiction, neutral and entailment, in this order, of each pair."""
     if len(premises) != len(hypotheses):
         raise ValueError(f"`premises` has {len(premises)} entries, `hypotheses` {len(hypotheses)}: give pairs.")
     order = sorted(range(len(premises)), key=lambda i: len(premises[i]) + len(hypotheses[i]), reverse=True)

@@ -1,8 +1,8 @@
 """Perplexity of reference replies given persona and history, and of plain text, from sums that add up.
 
-Of a dialogue only the tokens of the replies are scored. Sums are added over the corpus and the exponential is taken once: a mean of
-per-reply perplexities would be ruled by outliers. Perplexity per token depends on the tokenizer; per word and per byte
-do not, so only these compare across models. A reply's end-of-turn token is scored, and is not a word.
+Of a dialogue only the tokens of the replies are scored. Sums are added over the corpus and the exponential is taken
+once: a mean of per-reply perplexities would be ruled by outliers. Perplexity per token depends on the tokenizer; per
+word and per byte do not, so only these compare across models. A reply's end-of-turn token is scored, and is not a word.
 """
 
 import math
@@ -133,8 +133,8 @@ def rolling_windows(
 ) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
     """Cut a text into disjoint pieces, each with the context that it is scored after; every token is scored once.
 
-    A piece has at most `max_length` tokens. The first follows the prefix token alone, a full one behind it the one token
-    before it, and the last one, shorter, as much text as fills the model's `max_length` inputs.
+    A piece has at most `max_length` tokens. The first follows the prefix token alone, a full one behind it the one
+    token before it, and the last one, shorter, as much text as fills the model's `max_length` inputs.
 
     Source: lm-evaluation-harness, utils.py, `get_rolling_token_windows` with context_len 1, made disjoint.
 
@@ -160,8 +160,8 @@ def text_nats(
 ) -> list[dict[str, Any]]:
     """Nats of each whole text in rolling windows, as lm-evaluation-harness scores it, and what to divide them by.
 
-    It is their `loglikelihood_rolling` with `add_bos_token=False`. Left to its default, version 0.4.13 keeps the BOS that
-    some tokenizers write in front of a text and scores it like a word.
+    It is their `loglikelihood_rolling` with `add_bos_token=False`. Left to its default, version 0.4.13 keeps the BOS
+    that some tokenizers write in front of a text and scores it like a word.
 
     Args:
         max_length: of a window in tokens; by default the model's context.
@@ -170,7 +170,7 @@ def text_nats(
         For each text `{"nats", "tokens", "words", "bytes"}`. No end of text is scored.
 
     Raises:
-        ValueError: when a text has no token, the tokenizer neither a BOS nor an EOS token, or the model no known context.
+        ValueError: when a text has no token, the tokenizer neither BOS nor EOS, or the model no known context.
     """
     prefix_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     config: Any = model.config

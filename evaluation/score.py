@@ -159,7 +159,7 @@ def independent(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[Hashable]]
 
 
 def metric_row(name: str, interval: Interval, n: int) -> Row:
-    """What `results.json` says of a metric of METRICS; a bound that is NaN (of one cluster) is null, as JSON lacks NaN."""
+    """What `results.json` says of a metric of METRICS; a bound that is NaN (one cluster) is null, as JSON lacks NaN."""
     value, low, high = interval
     return {
         "value": value,
@@ -206,8 +206,12 @@ REASONS = {
 }
 
 
+def _mean(chosen: list[int], values: Sequence[float]) -> Measure:
+    return Measure(chosen, with_ones(values), ratio, len(chosen))
+
+
 def _means(chosen: list[int], values: Mapping[str, Sequence[float]]) -> dict[str, Measure]:
-    return {name: Measure(chosen, with_ones(numbers), ratio, len(chosen)) for name, numbers in values.items()}
+    return {name: _mean(chosen, numbers) for name, numbers in values.items()}
 
 
 def _ratios(chosen: list[int], pairs: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Measure]:
@@ -255,7 +259,7 @@ def _persona_measures(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str,
             },
         ),
         **(_means(chosen, {"persona_lift": lifts}) if others else {}),
-        **{k: v for name, at in judged.items() for k, v in _means(at, {name: [rows[i][name] for i in at]}).items()},
+        **{name: _mean(at, [rows[i][name] for i in at]) for name, at in judged.items()},
         **_ratios(referred, {"verbatim_facts": kept}),
     }
 

@@ -129,8 +129,12 @@ def test_text_nats_are_lm_evaluation_harness():
     text = SHAKESPEARE.read_text(encoding="utf-8")
     texts = [text[:9000], text[9000:9400], text[50000:52500]]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(STORIES), AutoTokenizer.from_pretrained(STORIES)
-    nats = [row["nats"] for row in text_nats(model, tokenizer, texts, batch_size=4)]
+    rows = text_nats(model, tokenizer, texts, batch_size=4)
+    nats = [row["nats"] for row in rows]
     assert nats == pytest.approx([23004.920776367188, 1146.916015625, 7201.7490234375], rel=1e-6)
+    # their word_perplexity and bits_per_byte of the same three
+    assert perplexities(rows)["perplexity_word"] == pytest.approx(2522484.703813002, rel=1e-4)
+    assert perplexities(rows)["bits_per_byte"] == pytest.approx(3.801148131933358, rel=1e-6)
     if importlib.util.find_spec("lm_eval") is not None:
         from lm_eval.api.instance import Instance
         from lm_eval.models.huggingface import HFLM
