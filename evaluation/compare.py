@@ -8,7 +8,7 @@ and are not compared here.
 
 import json
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,11 +132,15 @@ def _averaged(
 def compare(
     a: Mapping[str, Items],
     b: Mapping[str, Items],
+    metrics: Collection[str] = METRICS,
     num_resamples: int = NUM_RESAMPLES,
     num_trials: int = NUM_TRIALS,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Every metric that both systems have, `a` less `b`, with Holm's adjustment over all of them.
+
+    The family that Holm's adjustment is over are the metrics compared here. Where more than one pair of systems is
+    compared, or fewer metrics matter, adjust the p-values of all that is claimed with `intervals.holm`.
 
     Effects: risk difference in percentage points for rates, Cliff's delta for ordinal values, d_z over clusters for
     other means and ratios; None for corpus numbers such as BLEU, where the difference itself is all there is, and where
@@ -144,6 +148,7 @@ def compare(
 
     Args:
         a, b: items by metric (`system_items`, or `reply_items` and `fact_items` of rows).
+        metrics: the family, chosen before looking; all by default.
 
     Returns:
         For each metric `{"a", "b", "difference", "ci_low", "ci_high", "p_value", "p_holm", "effect", "effect_name",
@@ -154,11 +159,12 @@ def compare(
     """
     rows = {}
     for name in METRICS:
-        if name in a and name in b:
+        if name in metrics and name in a and name in b:
             order = _paired_order(name, a[name], b[name])
             rows[name] = _row(name, a[name], b[name].statistics[order], num_resamples, num_trials, seed)
     if not rows:
-        raise ValueError(f"no metric in common: `a` has {sorted(a) or 'none'}, `b` {sorted(b) or 'none'}.")
+        found = f"`a` has {sorted(a) or 'none'}, `b` {sorted(b) or 'none'}"
+        raise ValueError(f"none of `metrics` {sorted(metrics)} in common: {found}.")
     adjusted = holm({name: row["p_value"] for name, row in rows.items()})
     for name, row in rows.items():
         row["p_holm"] = adjusted[name]

@@ -107,8 +107,21 @@ def test_several_decodings_are_averaged_first():
 def test_other_prompts_are_refused():
     with pytest.raises(ValueError, match="`keyword_score`: 10 of the 60 items of `a` are not in `b`, and 0 of `b`"):
         compare(reply_items(rows(1)), reply_items(rows(2, 50)))
-    with pytest.raises(ValueError, match="no metric in common"):
+    with pytest.raises(ValueError, match="none of `metrics` .* in common: .* `b` none"):
         compare(reply_items(rows(1)), {})
+
+
+def test_the_family_is_what_is_asked_for():
+    a, b = reply_items(rows(1)), reply_items(rows(2))
+    two = compare(a, b, ("f1", "length_words"), num_trials=200)
+    everything = compare(a, b, num_trials=200)
+    assert set(two) == {"f1", "length_words"}
+    for name, row in two.items():
+        assert {**row, "p_holm": 0} == {**everything[name], "p_holm": 0}
+    low, high = sorted(row["p_value"] for row in two.values())
+    assert sorted(row["p_holm"] for row in two.values()) == pytest.approx(
+        sorted([min(1, 2 * low), max(2 * low, high)])
+    )
 
 
 def probe_rows(seed, personas=6, facts=3, samples=2):

@@ -143,7 +143,9 @@ def test_candidates_and_a_judge(tiny_llama, dataset, sft_run, tmp_path):
     facts = len(rows[0]["persona"])
     assert value(results, "oracle", "c_score") == facts and value(results, "silence", "c_score") == 0
     assert results["oracle"]["run"]["nli_model"] == str(judge)
-    compared = compare(system_items(folder / "base"), system_items(folder / "oracle"), 200, 200)
+    compared = compare(
+        system_items(folder / "base"), system_items(folder / "oracle"), num_resamples=200, num_trials=200
+    )
     assert {"persona_consistency", "bleu", "c_score"} <= set(compared) and "hits_at_1" not in compared
     assert compared["c_score"]["effect_name"] == "Cliff's delta"
 
