@@ -10,18 +10,16 @@ import pytest
 
 from rlhf.data.preferences import (
     SUGGESTIONS,
-    Fact,
     contradiction_pairs,
     fact_coverage,
     import_review,
-    parse_fact,
     persona_pairs,
     review_rows,
-    slot_values,
     suggestion_pair,
     suggestion_pairs,
 )
 from rlhf.data.sources import synthetic_persona_chat
+from rlhf.facts import Fact, parse_fact, slot_values
 from rlhf.files import read_jsonl, write_jsonl
 
 REAL = Path(__file__).parents[2] / "shared/data/synthetic_persona_chat/valid.csv"

@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import ConfigError, did_you_mean, load_yaml
-from rlhf.data.preferences import parse_fact, slot_values
 from rlhf.data.sources import DataError
 from rlhf.data.world import OPENERS, PROBE_TURNS, SLOT, SLOTS, SUGGESTION_FRAMES
 from rlhf.data.world import Slot as Topic
+from rlhf.facts import parse_fact, slot_values
 from rlhf.files import write_jsonl
 from rlhf.persona import Persona
 

@@ -10,10 +10,10 @@ A pair is {"persona", "prompt", "chosen", "rejected", "dialogue_id", "kind"}. It
 Only the persona tells chosen from rejected. Therefore values are exchanged between two facts: what is right for one
 character is wrong for the other, so each value is chosen as often as rejected, and so are "yes", "no" and "not".
 
-Persona sentences are free English. The rules below take apart those of the form subject, verb, object: "i have two
-dogs ." has the stem "i have" and the value "two dogs". Values that follow one stem and have equally many words can stand
-for each other. No rule knows whether two of them exclude each other ("a dog" and "a cat" do not): a value that the
-persona does not state counts as false, as a persona is all that is known of a character.
+Persona sentences are free English, taken apart by `rlhf.facts`: "i have two dogs ." has the stem "i have" and the value
+"two dogs". Values that follow one stem and have equally many words can stand for each other. No rule knows whether two
+of them exclude each other ("a dog" and "a cat" do not): a value that the persona does not state counts as false, as a
+persona is all that is known of a character.
 """
 
 import json
@@ -26,112 +26,18 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.split import characters
+from rlhf.facts import Fact, Slot, content, parse_fact, second_person, slot_values
 
 Row = dict[str, Any]
-Slot = tuple[str, str, int]
 
 CANDIDATES = 64  # replies looked at for each pair: enough for a length match, and linear in the number of pairs
 MAX_LENGTH_GAP = 0.3  # of the chosen reply's number of words
-MAX_VALUE_WORDS = 5  # a longer object is a clause of its own more often than not
 FRAMES = ("so {} , right ?", "{} , is that right ?", "you told me that {} , did you not ?", "i heard that {} ?")
 # A suggestion and how the wrong reply to it errs: another value, the fact itself denied, yes and no confused. Each is
 # used equally often, which balances "yes", "no", "not" and the lengths. Without the last, a model looks at the value
 # alone and learns "yes , <right value>" as the answer to a false suggestion.
 SUGGESTIONS = tuple((true, error) for error in ("value", "denial", "polarity") for true in (True, False))
 DECISIONS = ("a", "b", "undecided")
-
-# -- facts -----------------------------------------------------------------------------------------------------------
-
-_VERBS = (
-    "have|own|like|love|enjoy|hate|dislike|prefer|want|need|play|practice|drive|ride|eat|drink|cook|read|write|watch|"
-    "study|speak|teach|sing|paint|make|sell|grow|raise|collect|wear|live|work|volunteer|come|go|run|listen|belong|"
-    "attend|take|know|keep|believe|dream|suffer|spend|"
-    "buy|visit|walk|dance|produce|compete|donate|dye|help|see"
-)
-_FORMS = tuple(
-    re.compile(form)
-    for form in (
-        r"(?P<stem>my (?:\w+ ){1,4}?(?:is|are|was|were)(?: not)?) (?P<value>.+)",
-        r"(?P<stem>i (?:am|was|can)(?: not)?) (?P<value>.+)",
-        rf"(?P<stem>i (?:do not )?(?:{_VERBS})(?: (?:to|in|at|as|for|with|on|from|of))?) (?P<value>.+)",
-    )
-)
-# "i have visited spain": the verb is another one; "i do not have no pets": denied twice.
-_NO_VALUE = re.compile(r"(?:\w+ed|been|had|got|gone|always|never|no|not)\b")
-# "blue is my favorite color"
-_INVERTED = re.compile(r"(?P<value>.+?) (?P<verb>is|are) (?P<subject>my favou?rite \w+)")
-_CONTRACTIONS = {"i'm": "i am", "i've": "i have", "don't": "do not", "cannot": "can not", "can't": "can not"}
-_FILLERS = re.compile(
-    r"(?<=^i )(?:also|really|currently|now|still|only|often|just|do(?! not)) |(?<=^i am )(?:also|currently|now) "
-)
-# A value with one of these is more than an object.
-_CLAUSE = re.compile(r"\b(?:but|because|that|when|while|which|so|if|since|although|than|i|you|not|is|are)\b")
-_EMPTY = frozenset(("a", "an", "the", "of", "to", "and", "in", "on", "for", "with", "at", "from", "as"))
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A persona sentence taken apart, in lower case, without contractions and punctuation: "i have", "two dogs"."""
-
-    stem: str
-    value: str
-
-    @property
-    def slot(self) -> Slot:
-        """What the values that can stand for this one share: stem, a small word in front, number of words."""
-        words = self.value.split()
-        first = {"an": "a"}.get(words[0], words[0])
-        return self.stem, first if first in _EMPTY else "", len(words)
-
-    @property
-    def negated(self) -> bool:
-        """Whether it says what is not so: "i do not drink", "soda"."""
-        return "not" in self.stem.split()
-
-    def state(self, value: str) -> str:
-        """The sentence with this value, without its full stop."""
-        return f"{self.stem} {value}"
-
-    def deny(self, value: str) -> str:
-        """The opposite of [`state`]."""
-        if self.negated:
-            return f"{re.sub(r' (?:do )?not$| do not', '', self.stem)} {value}"
-        if self.stem.startswith("my ") or self.stem in ("i am", "i was", "i can"):
-            return f"{self.stem} not {value}"
-        return f"i do not {self.stem.removeprefix('i ')} {value}"
-
-
-def parse_fact(sentence: str) -> Fact | None:
-    """The fact of a persona sentence, or None where no rule applies."""
-    text = re.sub(r"\s+", " ", sentence.casefold().replace("\u2019", "'")).strip(" .!")
-    text = " ".join(_CONTRACTIONS.get(word, word) for word in text.split())
-    text = _FILLERS.sub("", text).replace("favourite", "favorite")
-    inverted = _INVERTED.fullmatch(text)
-    if inverted:
-        text = f"{inverted['subject']} {inverted['verb']} {inverted['value']}"
-    for form in _FORMS:
-        match = form.fullmatch(text)
-        if match:
-            words = match["value"].split()
-            plain = all(re.fullmatch(r"[\w'-]+", word) for word in words)
-            plain &= match["stem"] != "i have" or not _NO_VALUE.match(match["value"])
-            if (
-                plain
-                and len(words) <= MAX_VALUE_WORDS
-                and not _CLAUSE.search(match["value"])
-                and _content(match["value"])
-            ):
-                return Fact(match["stem"], match["value"])
-    return None
-
-
-def slot_values(rows: Iterable[Row]) -> dict[Slot, list[str]]:
-    """The different values of the facts of all personas, by slot: each can stand for the others of its slot."""
-    values: dict[Slot, dict[str, None]] = defaultdict(dict)
-    for fact in map(parse_fact, dict.fromkeys(sentence for row in rows for sentence in row["persona"])):
-        if fact:
-            values[fact.slot][fact.value] = None
-    return {slot: list(found) for slot, found in values.items()}
 
 
 def fact_coverage(rows: Sequence[Row]) -> dict[str, float]:
@@ -151,11 +57,6 @@ def fact_coverage(rows: Sequence[Row]) -> dict[str, float]:
         "without_swap": without_swap,
         "unusable_share": (without_rule + without_swap) / len(facts) if facts else 0.0,
     }
-
-
-def _content(text: str) -> frozenset[str]:
-    """The words that say something, without the plural's "s"."""
-    return frozenset(re.sub(r"(?<=\w\w)s$", "", word) for word in re.findall(r"\w+", text.casefold())) - _EMPTY
 
 
 # -- pairs -----------------------------------------------------------------------------------------------------------
@@ -255,7 +156,7 @@ def suggestion_pair(row: Row, turn: int, fact: Fact, foil: str, true: bool, erro
         chosen, rejected = fact.deny(foil), fact.state(foil)
     asked = fact.state(fact.value if true else foil)
     plain = not any(char.isupper() for message in row["messages"] for char in message["content"])
-    question = rng.choice(FRAMES).format(_second_person(asked))
+    question = rng.choice(FRAMES).format(second_person(asked))
     texts = [question, f"{right} , {chosen} .", f"{wrong} , {rejected} ."]
     question, good, bad = texts if plain else map(_as_usual, texts)
     pair = _pair(row, turn, good, bad, "true_suggestion" if true else "giving_in")
@@ -353,16 +254,16 @@ def _exchanged(
 ) -> list[tuple[_Mention, str]]:
     """At most `count` mentions, two and two of one slot, each with the other's value."""
     character = characters(rows)
-    known = [[_content(fact) for fact in row["persona"]] for row in rows]
+    known = [[content(fact) for fact in row["persona"]] for row in rows]
 
     def fits(left: _Mention, right: _Mention) -> bool:
         """The value of `right` is news to the character, the dialogue and the reply of `left`."""
-        words = _content(right.value)
+        words = content(right.value)
         reply = rows[left.row]["messages"][left.turn]["content"] if left.span[1] else ""
         return (
             character[left.row] != character[right.row]
             and left.value[0].isupper() == right.value[0].isupper()
-            and not any(words <= fact for fact in [*known[left.row], _content(reply)])
+            and not any(words <= fact for fact in [*known[left.row], content(reply)])
         )
 
     waiting: dict[Slot, list[_Mention]] = defaultdict(list)
@@ -378,15 +279,6 @@ def _exchanged(
             others.remove(partner)
             found += [(mention, partner.value), (partner, mention.value)]
     return found
-
-
-def _second_person(text: str) -> str:
-    """ "i am a nurse" -> "you are a nurse" """
-    text = re.sub(r"^i was\b", "you were", text)
-    return " ".join(
-        {"i": "you", "am": "are", "me": "you", "my": "your", "myself": "yourself"}.get(word, word)
-        for word in text.split()
-    )
 
 
 def _as_usual(text: str) -> str:
