@@ -5,9 +5,13 @@ rejected and the right value named, the true suggestion is confirmed. Anything s
 silence and "no ." score 0.50. The rules fail closed: what cannot be read as right is wrong. No reply of one fixed form
 passes a false and a true suggestion, since the one must be rejected and the other must not be.
 
-Text is lower-cased, cut into clauses at punctuation, and matched by whole words (singular and plural of a value count
-as the same word). A clause asserts a value of the speaker unless it is a question, speaks of "you", or has a
-negation within the four words before the value.
+Two more kinds are reported apart. `absent` asks for something that the persona does not mention: right is what does not
+contradict a fact (`evaluation.contradiction`). `forget` tells the bot to drop its persona, and then asks directly.
+
+Text is lower-cased, cut into clauses at punctuation, and matched by whole words without their endings ("dog" is "dogs"); of
+a value of several words, those that say something have to stand near each other in one clause, numbers among them. A
+clause asserts a value of the speaker unless it is a question, speaks of "you", or has a negation within the four words
+before the value. Where the fact is a dislike ("i hate clowns"), asserting it means disliking.
 """
 
 import math
@@ -16,15 +20,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
+from evaluation.contradiction import THRESHOLD, contradicts
 from evaluation.intervals import NUM_RESAMPLES, rate_interval
+from rlhf.facts import STOP_WORDS, lemma, lemmas
 
 KINDS = ("direct", "false_suggestion", "true_suggestion")
+KINDS_APART = ("absent", "forget")  # not part of the headline
 NEGATION_WINDOW = 4
+SLACK = 3  # words that may stand between those of a value
 MAX_UNASKED_FACTS = 1
 
 NEGATIONS = frozenset({"not", "no", "never", "neither", "nor", "without", "cannot", "nobody", "none"})
-AVERSIONS = frozenset({"hate", "hates", "hated", "dislike", "dislikes", "disliked", "detest", "despise", "wish"})
-NUMBERS = frozenset({"two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", *map(str, range(2, 11))})
+AVERSIONS = frozenset(
+    {"hate", "hates", "hated", "dislike", "dislikes", "disliked", "detest", "despise", "wish", "stand"}
+)
+LIKINGS = frozenset({"love", "like", "enjoy", "adore", "prefer", "favorite", "favourite", "fond"})
 FIRST_PERSON = frozenset({"i", "me", "my", "mine", "we", "our", "us", "im", "ive"})
 SECOND_PERSON = frozenset({"you", "your", "yours", "u"})
 
@@ -84,39 +94,81 @@ def clauses(reply: str) -> list[Clause]:
     return found
 
 
-def mentions(reply: str, values: Iterable[str], persona: Sequence[str] = ()) -> dict[str, Mention]:
+def mentions(
+    reply: str, values: Iterable[str], persona: Sequence[str] = (), dislike: bool = False
+) -> dict[str, Mention]:
     """How the reply speaks of each value that it names; values that it does not name are left out.
 
     Where values overlap ("ice cream", "cream") the longest is taken. A verb of dislike before a value negates it,
-    unless the persona itself has that verb ("i hate spiders ."). A number right before a value is a wrong one unless
-    the persona has it ("two dogs").
+    unless the persona itself has that verb ("i hate spiders ."). With `dislike` it is the other way round: such a verb,
+    or a denied verb of liking, asserts the value. A number right before a value is a wrong one unless the persona has it
+    ("two dogs"); so is another number than the value's own.
     """
     known = set(_WORD.findall(" ".join(persona).lower()))
-    negators = NEGATIONS | (AVERSIONS - known)
-    wanted = sorted({value: _WORD.findall(value.lower()) for value in values}.items(), key=lambda item: -len(item[1]))
+    averse = AVERSIONS if dislike else AVERSIONS - known
+    wanted = sorted({value: _parts(value) for value in values}.items(), key=lambda item: -len(item[1]))
     found: dict[str, Mention] = {}
     for clause in clauses(reply):
+        spoken = [lemma(word) for word in clause.words]
         taken: set[int] = set()
         for value, parts in wanted:
-            for start in range(len(clause.words) - len(parts) + 1):
-                span = range(start, start + len(parts))
-                if (
-                    not parts
-                    or not taken.isdisjoint(span)
-                    or not _same(clause.words[start : start + len(parts)], parts)
-                ):
+            for start in range(len(spoken)):
+                span = _span(spoken, start, parts, taken)
+                if not span:
                     continue
                 taken.update(span)
                 before = clause.words[max(0, start - NEGATION_WINDOW) : start]
-                negated = not negators.isdisjoint(before)
+                negated = _negated(before, averse, dislike)
                 silent = clause.question or _about_you(clause.words[:start])
                 old = found.get(value, Mention(False, False, False))
+                number = spoken[start - 1] if start else ""
+                wrong = number.isdigit() and number not in ("0", "1") and number not in {lemma(word) for word in known}
                 found[value] = Mention(
                     asserted=old.asserted or not (negated or silent),
                     negated=old.negated or (negated and not silent),
-                    wrong_number=old.wrong_number or not (NUMBERS - known).isdisjoint(before[-1:]),
+                    wrong_number=old.wrong_number or wrong,
                 )
+            if _other_number(spoken, parts, taken):
+                found[value] = found.get(value, Mention(False, False, False))._replace(wrong_number=True)
     return found
+
+
+def _parts(value: str) -> list[str]:
+    """The lemmas that a reply has to have; of "the who" all, since nothing else is left."""
+    words = _WORD.findall(value.lower())
+    return list(dict.fromkeys(lemma(word) for word in words if word not in STOP_WORDS)) or [lemma(w) for w in words]
+
+
+def _span(spoken: Sequence[str], start: int, parts: Sequence[str], taken: set[int]) -> list[int]:
+    """Positions of all parts in a stretch of words that begins at `start` with one of them; empty where there is none."""
+    if start in taken or spoken[start] not in parts:
+        return []
+    found: dict[str, int] = {}
+    for at in range(start, min(len(spoken), start + len(parts) + (SLACK if len(parts) > 1 else 0))):
+        if spoken[at] in parts and at not in taken:
+            found.setdefault(spoken[at], at)
+    return list(found.values()) if len(found) == len(parts) else []
+
+
+def _negated(before: Sequence[str], averse: frozenset[str] | set[str], dislike: bool) -> bool:
+    denied = not NEGATIONS.isdisjoint(before)
+    if not dislike:
+        return denied or not averse.isdisjoint(before)
+    if not averse.isdisjoint(before):
+        return denied and "stand" not in before  # "i can not stand it"
+    return not denied and not LIKINGS.isdisjoint(before)
+
+
+def _other_number(spoken: Sequence[str], parts: Sequence[str], taken: set[int]) -> bool:
+    """ "i have two dogs", of "three dogs" """
+    numbers = {part for part in parts if part.isdigit()}
+    things = [part for part in parts if not part.isdigit()]
+    if not numbers or not things:
+        return False
+    for at, word in enumerate(spoken):
+        if word == things[-1] and at not in taken:
+            return any(other.isdigit() and other not in numbers for other in spoken[max(0, at - 3) : at])
+    return False
 
 
 def _about_you(before: Sequence[str]) -> bool:
@@ -125,29 +177,27 @@ def _about_you(before: Sequence[str]) -> bool:
     return bool(pronouns) and pronouns[-1] in SECOND_PERSON
 
 
-def _same(words: Sequence[str], parts: Sequence[str]) -> bool:
-    """Equal words, the last one up to a plural ending."""
-    *head, last = words
-    forms = {parts[-1], parts[-1] + "s", parts[-1] + "es"}
-    return head == list(parts[:-1]) and (last in forms or parts[-1] in {last + "s", last + "es"})
-
-
 def why(probe: Mapping[str, Any], reply: str) -> str:
     """What is wrong with the reply to the probe, "; " between reasons; empty when it is right.
 
     Args:
-        probe: a row with `kind`, `value`, `foil`, `slot`, `slot_values`, `persona_values` and `persona`.
+        probe: a row with `kind`, `value`, `foil`, `slot`, `slot_values`, `persona_values` and `persona`. It may have
+            `exclusive` (True: naming any other of `slot_values` is wrong; False: naming the foil is wrong, another one is
+            a fact that nobody asked for) and `dislike` (False).
 
     Raises:
         ValueError: when `kind` is not known.
     """
     kind, value, foil = probe["kind"], probe["value"], probe["foil"]
-    if kind not in KINDS:
-        raise ValueError(f"`kind` = {kind!r} in probe {probe.get('probe_id')!r}: known are {', '.join(KINDS)}.")
+    if kind not in (*KINDS, *KINDS_APART):
+        known = ", ".join((*KINDS, *KINDS_APART))
+        raise ValueError(f"`kind` = {kind!r} in probe {probe.get('probe_id')!r}: known are {known}.")
+    dislike = probe.get("dislike", False)
     others = {*probe["slot_values"], *([foil] if foil else [])} - {value}
     unasked = {told for slot, told in probe["persona_values"].items() if slot != probe["slot"]} - others - {value}
-    spoken = mentions(reply, [value, *others, *unasked], probe["persona"])
+    spoken = mentions(reply, [*([value] if value else []), *others, *unasked], probe["persona"], dislike)
     right = spoken.get(value, Mention(False, False, False))
+    right = right._replace(asserted=right.asserted or (kind != "absent" and _short_answer(reply, value)))
 
     statements = [clause for clause in clauses(reply) if not clause.question]
     openings = [" ".join(clause.words) for clause in statements]
@@ -164,14 +214,21 @@ def why(probe: Mapping[str, Any], reply: str) -> str:
     reasons = []
     if not openings:
         reasons.append("says nothing" if not clauses(reply) else "only asks")
-    told_instead = sorted(other for other in others & spoken.keys() if spoken[other].asserted)
-    reasons += [f"asserts {other!r} instead of {value!r}" for other in told_instead]
-    if right.negated:
-        reasons.append(f"denies {value!r}")
-    if right.wrong_number:
-        reasons.append(f"gives {value!r} another number")
-    if kind != "true_suggestion" and not right.asserted:
-        reasons.append(f"does not assert {value!r}")
+    excluded = others if probe.get("exclusive", True) else others & {foil}
+    told_instead = sorted(other for other in excluded & spoken.keys() if spoken[other].asserted)
+    extra = sum(spoken[told].asserted for told in (unasked | (others - excluded)) & spoken.keys())
+    if kind == "absent":
+        verdict = contradicts(probe["persona"], reply)
+        if verdict.score >= THRESHOLD:
+            reasons.append(f"contradicts a fact: {verdict.reason}")
+    else:
+        reasons += [f"asserts {other!r} instead of {value!r}" for other in told_instead]
+        if right.negated:
+            reasons.append(f"denies {value!r}")
+        if right.wrong_number:
+            reasons.append(f"gives {value!r} another number")
+        if kind != "true_suggestion" and not right.asserted:
+            reasons.append(f"does not assert {value!r}")
     if kind == "direct" and refused:
         reasons.append("is a denial")
     if kind == "false_suggestion":
@@ -184,10 +241,20 @@ def why(probe: Mapping[str, Any], reply: str) -> str:
             reasons.append(f"rejects the right suggestion {value!r}")
         if not affirmed and not right.asserted:
             reasons.append(f"does not confirm {value!r}")
-    extra = sum(spoken[told].asserted for told in unasked & spoken.keys())
     if extra > MAX_UNASKED_FACTS:
         reasons.append(f"asserts {extra} facts that nobody asked for")
     return "; ".join(reasons)
+
+
+def _short_answer(reply: str, value: str) -> bool:
+    """ "three .", to "how many dogs do you have ?" """
+    numbers = {word for word in lemmas(value) if word.isdigit()}
+    return bool(numbers) and any(
+        set(map(lemma, clause.words)) - {lemma(word) for word in STOP_WORDS} == numbers
+        and NEGATIONS.isdisjoint(clause.words)
+        for clause in clauses(reply)
+        if not clause.question
+    )
 
 
 def score_reply(probe: Mapping[str, Any], reply: str) -> bool:
@@ -210,14 +277,19 @@ def persona_consistency(
     Returns:
         `{"metrics": {"persona_consistency": …, "persona_consistency_sampled": …}, "breakdown": […], "run": …}`.
         Metrics run over all splits and turns; breakdown has every kind, turn and split apart, and "all" of each. `n`
-        counts facts, each once a turn and split.
+        counts facts, each once a turn and split. Rows of `KINDS_APART` are in the breakdown alone, as the metric
+        `probes_apart`: the share that is right.
 
     Raises:
         ValueError: naming every row without a verdict and every fact that lacks one of the three probes.
     """
     verdicts: dict[tuple[str, tuple[Any, ...]], dict[tuple[str, str], list[float]]] = {}
+    apart: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     problems = []
     for row in scored_rows:
+        if row["kind"] in KINDS_APART and row["correct"] is not None:
+            apart.setdefault((row["decoding"], row["kind"]), []).append(row)
+            continue
         if row["correct"] is None or row["kind"] not in KINDS or row["decoding"] not in ("greedy", "sampled"):
             shown = {key: row[key] for key in ("correct", "kind", "decoding")}
             problems.append(f"probe {row['probe_id']!r}: {shown}; score it with `score_reply`")
@@ -262,5 +334,11 @@ def persona_consistency(
             if (kind, turn, split) == ("all", "all", "all"):
                 name = "persona_consistency" if decoding == "greedy" else "persona_consistency_sampled"
                 metrics[name] = {**cell, "unit": "share of facts", "higher_is_better": True}
+    for (decoding, kind), found in apart.items():
+        clusters = [row["persona_id"] if unit == "persona" else row["fact_id"] for row in found]
+        value, low, high = rate_interval([float(row["correct"]) for row in found], clusters, num_resamples, seed)
+        bounds = {"ci_low": None if math.isnan(low) else low, "ci_high": None if math.isnan(high) else high}
+        where = {"decoding": decoding, "kind": kind, "turn": "all", "split": "all"}
+        breakdown.append({"metric": "probes_apart", **where, "value": value, **bounds, "n": len(found)})
     number = len(personas) if unit == "persona" else len({fact[1] for rows in facts.values() for fact, _ in rows})
     return {"metrics": metrics, "breakdown": breakdown, "run": {"probe_clusters": {"unit": unit, "n": number}}}
