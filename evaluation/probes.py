@@ -46,10 +46,16 @@ _CONTRACTED_NOT = re.compile(
 _PARTICLE = re.compile(
     r"\b(no|nope|nah|not (?:really|quite|exactly|at all|true)"
     r"|yes|yeah|yep|yup|right|correct|true|sure|exactly|actually)"
-    r"\s+(?=(?:i|my|it|we|that|sorry|actually)\b)"
+    r"\s+(?=(?:i|my|it|we|that(?= (?:is|s|was)\b)|sorry|actually)\b)"
 )
 _BREAK = re.compile(
     r"([.,;:!?\n()]+|\s-+\s|[\u2013\u2014]|\b(?:but|because|although|though|while)\b|\band (?=(?:i|my|it)\b))"
+)
+# Denials that reach further than the window: "it is not true that i …", "i do not like to go to …".
+_UNTRUE = re.compile(
+    r"\b(?:not (?:true|right|correct)|false|untrue|wrong) that\b"
+    r"|\b(?:i (?:do|did|am|was|can|could|will|would|have|had)|my (?:\w+ ){1,4}(?:is|are|was|were|do|does|did))"
+    r" (?:not|never)\b(?!.*\b(?:i|my)\b)|\bi never\b(?!.*\b(?:i|my)\b)"
 )
 _AFFIRMATION = re.compile(
     r"(?:(?:oh|well|ha|haha|hmm|um) )*(?:"
@@ -85,6 +91,7 @@ class Mention(NamedTuple):
 def clauses(reply: str) -> list[Clause]:
     """Cut a reply into clauses, contractions of "not" spelled out."""
     text = _CONTRACTED_NOT.sub(r"\1 not", reply.lower().replace("\u2019", "'"))
+    text = re.sub(r"(?<=\d)(?=[a-z]{3})", " ", text)  # "60years"
     pieces = _BREAK.split(_PARTICLE.sub(r"\1 , ", text))
     found = []
     for piece, end in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
@@ -105,6 +112,7 @@ def mentions(
     ("two dogs"); so is another number than the value's own.
     """
     known = set(_WORD.findall(" ".join(persona).lower()))
+    numbers = {lemma(word) for word in known}
     averse = AVERSIONS if dislike else AVERSIONS - known
     wanted = sorted({value: _parts(value) for value in values}.items(), key=lambda item: -len(item[1]))
     found: dict[str, Mention] = {}
@@ -112,17 +120,15 @@ def mentions(
         spoken = [lemma(word) for word in clause.words]
         taken: set[int] = set()
         for value, parts in wanted:
-            for start in range(len(spoken)):
-                span = _span(spoken, start, parts, taken)
-                if not span:
-                    continue
-                taken.update(span)
-                before = clause.words[max(0, start - NEGATION_WINDOW) : start]
+            for start, end in _spans(spoken, parts, taken):
+                before = clause.words[max(0, start - NEGATION_WINDOW) : end]
                 negated = _negated(before, averse, dislike)
+                if not dislike and not negated:
+                    negated = bool(_UNTRUE.search(" ".join(clause.words[:start])))
                 silent = clause.question or _about_you(clause.words[:start])
                 old = found.get(value, Mention(False, False, False))
                 number = spoken[start - 1] if start else ""
-                wrong = number.isdigit() and number not in ("0", "1") and number not in {lemma(word) for word in known}
+                wrong = number.isdigit() and number not in ("0", "1") and number not in numbers
                 found[value] = Mention(
                     asserted=old.asserted or not (negated or silent),
                     negated=old.negated or (negated and not silent),
@@ -139,15 +145,22 @@ def _parts(value: str) -> list[str]:
     return list(dict.fromkeys(lemma(word) for word in words if word not in STOP_WORDS)) or [lemma(w) for w in words]
 
 
-def _span(spoken: Sequence[str], start: int, parts: Sequence[str], taken: set[int]) -> list[int]:
-    """Positions of all parts in a stretch of words that begins at `start` with one of them; empty where there is none."""
-    if start in taken or spoken[start] not in parts:
-        return []
-    found: dict[str, int] = {}
-    for at in range(start, min(len(spoken), start + len(parts) + (SLACK if len(parts) > 1 else 0))):
-        if spoken[at] in parts and at not in taken:
-            found.setdefault(spoken[at], at)
-    return list(found.values()) if len(found) == len(parts) else []
+def _spans(spoken: Sequence[str], parts: Sequence[str], taken: set[int]) -> list[tuple[int, int]]:
+    """Where all parts stand near each other, the narrowest stretch first: (start, end). Their words become `taken`."""
+    width = len(parts) + (SLACK if len(parts) > 1 else 0)
+    stretches = []
+    for start in range(len(spoken)):
+        if spoken[start] in parts:
+            at = {word: start + place for place, word in reversed(list(enumerate(spoken[start : start + width])))}
+            if all(part in at for part in parts):
+                places = {at[part] for part in parts}
+                stretches.append((max(places) - start, start, places))
+    found = []
+    for _, start, places in sorted(stretches, key=lambda stretch: stretch[:2]):
+        if taken.isdisjoint(places):
+            taken |= places
+            found.append((start, max(places)))
+    return found
 
 
 def _negated(before: Sequence[str], averse: frozenset[str] | set[str], dislike: bool) -> bool:

@@ -83,10 +83,16 @@ def second_person(text: str) -> str:
     return _ME.sub(lambda match: _YOU[match[0].lower()], text)
 
 
+def as_usual(text: str) -> str:
+    """ "yes , i have a dog ." -> "Yes, I have a dog." """
+    text = re.sub(r"\bi\b", "I", re.sub(r" (?=[,.?!])", "", text))
+    return text[0].upper() + text[1:]
+
+
 _CONTRACTIONS = (
     (r"\bi'?m\b", "i am"), (r"\bi'?ve\b", "i have"), (r"\bi'll\b", "i will"), (r"\bi'd\b", "i would"),
     (r"\b(?:can't|cannot|cant)\b", "can not"), (r"\bwon't\b", "will not"), (r"\bdont\b", "do not"),
-    (r"\bdidnt\b", "did not"), (r"(?<=[a-z])n't\b", " not"), (r"\bfavourite", "favorite"),
+    (r"\bdidnt\b", "did not"), (r"(?<=[a-z])n't\b", " not"), (r"(?<=\d)(?=[a-z]{3})", " "), (r"\bfavourite", "favorite"), (r"\bcolour", "color"),
 )  # fmt: skip
 
 
@@ -276,7 +282,7 @@ _PRESENT = """
     sew draw garden shop exercise lift hike camp feed breed care meditate pray bowl skate ski golf race run smoke
     start think wish hope plan try wake sleep stay move follow support hold shoot play throw win date babysit foster
     rescue repair fix restore create compose perform record blog program code learn talk sleep wake cut fantasize
-    remember dress rent go do feel
+    remember dress rent go do
 """
 _PAST = {
     "won": "win", "met": "meet", "bought": "buy", "lost": "lose", "broke": "break", "wrote": "write", "built": "build",
@@ -305,6 +311,7 @@ _ADVERB = re.compile(
 _SECOND_CLAUSE = re.compile(
     r"(?:\s*[,;]\s*|\s+)(?:(?:and|or|but|so|then) )?(?:i|we|he|she|they|it) (?:am|is|are|was|were|do|can|have|has|had|will|"
     r"would|love|like|enjoy|live|work|want|hate|also|never|always|really|just|own|just)\b.*"
+    r"|\s+and (?:i|we|he|she|they) \w+.*"
     r"|\s+(?:because|since|although|though|while|when|whenever|until|unless|but|if|due to|so that|to pay|in order to|as well)\b.*"
     rf"|\s+and (?:also )?(?:am|{_VERBS}|got|had|hope|plan|teach|still) \w.*"
 )
@@ -312,7 +319,7 @@ _RELATIVE = re.compile(r"\s+(?:who|which|that|where|whose|named|called|(?:his|he
 _ADJUNCT = re.compile(
     r"\s+(?:every|each|once|twice|regularly|recently|daily|nightly|weekly|most days|most of|all day|all the time|at all|at night|"
     r"at home|at my|in the (?!world)|on the (?=weekend)|on (?:weekends|saturdays|sundays|fridays)|for a living|as a|as my|"
-    r"for fun|very much|a lot(?! of)|a year|a week|a day|a month|in a|in my|for my|on my|during|before|after|right now|"
+    r"for fun|occasionally|to (?:help|pay|pursue|support|relax|socialize)|very much|a lot(?! of)|a year|a week|a day|a month|in a|in my|for my|on my|during|before|after|right now|"
     r"for (?:the|over|about|almost|\w+ years)|(?:three|several|many|a few) times|to each|too|together|again|last|this|next|and then|"
     rf"(?:about |over )?{NUMBER} (?:months?|years?|times?|days?|weeks?) (?:ago|a)|by myself|as often|in general)\b.*"
 )
@@ -333,7 +340,7 @@ _CLAIMS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("favorite {n}", r"(?P<v>.+?) (?:is|are) my (?:all time |absolute )?(?:favorite|preferred) (?P<n>[\w ]+)"),
         ("like", r"(?P<v>.+?) (?:is|are) my (?:all time |biggest )?(?:favorites?|passion|hobby|hobbies|life|thing)"),
         ("like", r"my (?:biggest |main |only )?(?:passion|hobby|hobbies) (?:is|are) (?P<v>.+)"),
-        ("birthplace", r"i was born (?:and raised )?in (?P<v>.+)"),
+        ("birthplace", r"i was born (?:and raised )?in (?P<v>(?!the (?:early|late|mid|\d)|\d|early|late).+)"),
         ("childhood home", r"i (?:grew up|was raised) (?:in|on|at) (?P<v>.+)"),
         ("origin", r"i (?:am|come|am originally|moved here|moved) from (?P<v>.+)"),
         ("home", r"i live (?:with .+ )?(?:in|at|on|near|by|is) (?P<v>.+)"),
@@ -343,7 +350,7 @@ _CLAIMS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("job", r"i (?P<v>(?!do )\w.+?) for a living"),
         ("job", r"my (?:job|profession|occupation|work) is (?:to |being )?(?P<v>.+)"),
         ("workplace", (rf"i {_NEGATIVE}(?:work|am working|am employed|got a job|have a (?:part time |full time )?job)"
-                      r"(?: part time| full time)? (?:at|in|for|by|on) (?P<v>.+)")),
+                      r"(?: part time| full time| full-time| fulltime)? (?:at|in|for|by|on) (?P<v>.+)")),
         ("job status", r"i (?:am|have been|was) (?P<neg>not )?(?P<v>retired|unemployed|jobless|out of work|self employed|between jobs)\b.*"),
         ("school", r"i (?:am|go) (?:in|to|attend) (?:my .+ (?:in|of) )?(?P<v>(?:\w+ )?(?:school|college|university|grade|kindergarten|preschool))\b.*"),
         ("school", r"i am an? (?P<v>(?:\w+ ){1,3}student|student|freshman|sophomore|junior|senior)\b.*"),
@@ -364,17 +371,17 @@ _CLAIMS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("fear", r"i (?:am|was) (?P<neg>not )?(?:\w+ )?(?:afraid|scared|terrified|frightened) (?:of|by) (?P<v>.+)"),
         ("fear", r"i fear (?P<v>.+)"),
         ("like", (r"i (?P<neg>hate|dislike|despise|detest|loathe|can not stand|do not (?:like|enjoy|love|care for)|am not (?:into|interested in|a fan of))"
-                 rf"(?: (?P<ask>to \w+{_PREPOSITION}?|\w{{2,}}ing{_PREPOSITION}?)(?= (?!and |or )\w))? (?P<v>.+)")),
+                 rf"(?: (?P<ask>to \w+{_PREPOSITION}?|\w{{2,}}ing{_PREPOSITION}?)(?= (?!and |or |with |at |in |for |on )\w))? (?P<v>.+)")),
         ("like", (r"i (?:love|like|enjoy|adore|am (?:\w+ )?(?:interested in|into|fond of|passionate about|obsessed with|crazy about|addicted to|an? (?:\w+ )?fan of)|"
                  r"have an? (?:\w+ )?(?:weakness|passion|love|thing) for|would rather|prefer)"
-                 rf"(?: (?P<ask>to \w+{_PREPOSITION}?|(?!something|anything|everything|nothing|king|morning|evening|spring|string|wedding)\w{{2,}}ing{_PREPOSITION}?)(?= (?!and |or )\w))? (?P<v>.+)")),
+                 rf"(?: (?P<ask>to \w+{_PREPOSITION}?|(?!something|anything|everything|nothing|king|morning|evening|spring|string|wedding)\w{{2,}}ing{_PREPOSITION}?)(?= (?!and |or |with |at |in |for |on )\w))? (?P<v>.+)")),
         ("like", r"i am an? (?:(?:huge|big|avid|total|true|real|massive) )*(?P<v>\w+(?: \w+)?) (?:lover|fan|enthusiast|addict|fanatic|junkie|buff)"),
         ("want", r"i (?P<neg>do not )?(?:want|hope|wish|plan|would like|would love|aspire|am planning|am hoping|dream)(?: (?:to be|to become|of being|to|of|on|about|for))? (?P<v>.+)"),
         ("want", r"my (?:biggest )?(?:dream|goal)(?: in life| job)? is (?:to be |to |being )?(?P<v>.+)"),
         ("number of {n}", rf"i (?:have|own|have got|got)(?: (?:about|over|around|only))? (?P<v>(?:{NUMBER})(?: [\w-]+){{0,2}}? (?P<n>[\w-]+))(?: (?:in|at|from|on|by) .*)?"),
         ("have", r"i (?P<neg>do not have|do not own|have no|have zero|have never had|never had|did not have)(?: any| an?)? (?P<v>.+)"),
         ("have", r"i (?:have|own|have got|got|keep) (?P<v>.+)"),
-        ("did {n}", rf"i have (?P<neg>never |not )?(?P<n>(?:visited|met|won|been|traveled|lived|written|seen|had|lost|owned){_PREPOSITION}?) (?P<v>(?!been)\w.*)"),
+        ("did {n}", rf"i have (?P<neg>never |not )?(?P<n>(?:visited|met|won|been(?: to)|traveled|lived|written|seen|had|lost|owned){_PREPOSITION}?) (?P<v>(?!been)\w.*)"),
         ("can", r"i (?:can|am able to) (?P<neg>not )?(?P<v>.+)"),
         ("my {n}", rf"my (?P<n>(?:(?:older|younger|little|big|late|favorite|ex|twin|best|step) )*(?:{_FAMILY})) (?:is|are|was|were) (?P<neg>not )?(?P<v>.+)"),
         ("my {n}", rf"my (?P<n>(?:(?:older|younger|little|big|late|ex|twin|best|step) )*(?:{_FAMILY})) (?P<neg>(?:does|do|did) not |never )?(?P<v>(?!and )\w+ .+)"),
@@ -426,9 +433,13 @@ def _claim(slot: str, match: re.Match[str]) -> Claim | None:
         groups["n"] = " ".join([_PAST.get(verb, verb), *rest])
     if slot == "number of {n}":
         groups["n"] = lemma(groups["n"])
+    if slot == "favorite {n}":  # "my favorite colors are red and silver"
+        groups["n"] = re.sub(r"(?<=[^s])s$", "", groups["n"])
+    if slot == "home":
+        value = re.sub(r" with .*", "", value)  # "oslo with my cousin"
     positive = groups.get("neg") is None
     words = _WORD.findall(value)
-    if not lemmas(value) or len(words) > MAX_VALUE_WORDS + 2 or words[0] in ("and", "or"):
+    if not lemmas(value) or len(words) > MAX_VALUE_WORDS + 2 or words[0] in ("and", "or", "with", "at", "like", "to"):
         return None
     if slot == "have":
         known = (name for name, nouns in _HAVE_TOPICS if re.search(rf"\b(?:{nouns})s?$", value))

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rlhf", "evaluation")
 SCRIPTS = {"rlhf.sft", "rlhf.reward", "rlhf.pairs", "rlhf.dpo", "rlhf.ppo"}
-LEAVES = {"rlhf.persona", "rlhf.ppo_math", "rlhf.token_logprobs", "rlhf.prefix_tree"}
+LEAVES = {"rlhf.facts", "rlhf.persona", "rlhf.ppo_math", "rlhf.token_logprobs", "rlhf.prefix_tree"}
 EVALUATION_MAY = {
     f"rlhf.{name}"
     for name in (
@@ -30,6 +30,7 @@ EVALUATION_MAY = {
         "files",
         "record",
         "data.split",  # which personas are one character
+        "facts",  # what a persona sentence says
     )
 }
 # Some distributions carry another name than the module they bring.

@@ -19,51 +19,10 @@ from rlhf.data.preferences import (
     suggestion_pairs,
 )
 from rlhf.data.sources import synthetic_persona_chat
-from rlhf.facts import Fact, parse_fact, slot_values
+from rlhf.facts import Fact
 from rlhf.files import read_jsonl, write_jsonl
 
 REAL = Path(__file__).parents[2] / "shared/data/synthetic_persona_chat/valid.csv"
-
-# sentence: (stem, value, the sentence denied)
-FACTS = {
-    "i have two dogs .": ("i have", "two dogs", "i do not have two dogs"),
-    "I've two dogs.": ("i have", "two dogs", "i do not have two dogs"),
-    "i work as a nurse.": ("i work as", "a nurse", "i do not work as a nurse"),
-    "I'm an artist!": ("i am", "an artist", "i am not an artist"),
-    "i am also a graduate student.": ("i am", "a graduate student", "i am not a graduate student"),
-    "i really like to travel .": ("i like to", "travel", "i do not like to travel"),
-    "My favourite color is grey.": ("my favorite color is", "grey", "my favorite color is not grey"),
-    "gymnastics is my favorite sport.": ("my favorite sport is", "gymnastics", "my favorite sport is not gymnastics"),
-    "my favorite ice cream flavor is mint": (
-        "my favorite ice cream flavor is", "mint", "my favorite ice cream flavor is not mint"
-    ),
-    "my favorite note is c .": ("my favorite note is", "c", "my favorite note is not c"),
-    "I don\u2019t drink soda.": ("i do not drink", "soda", "i drink soda"),
-    "i am not a vegan .": ("i am not", "a vegan", "i am a vegan"),
-    "i can't swim .": ("i can not", "swim", "i can swim"),
-    "my father was a farmer .": ("my father was", "a farmer", "my father was not a farmer"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("sentence", FACTS)
-def test_sentence_is_taken_apart(sentence):
-    stem, value, denied = FACTS[sentence]
-    fact = parse_fact(sentence)
-    assert fact == Fact(stem, value)
-    assert fact.state(value) == f"{stem} {value}"
-    assert fact.deny(value) == denied
-
-
-@pytest.mark.parametrize(
-    "sentence",
-    [
-        "", ".", "two dogs live with me .", "i went to yale .", "i have a son who is in school .", "i have visited spain .",
-        "i have never been to ohio .", "i love my dog because he is kind .", "i like a , b and c .", "i have the .",
-        "i work at a bar at night to pay for college .",
-    ],
-)  # fmt: skip
-def test_no_rule_is_better_than_a_wrong_one(sentence):
-    assert parse_fact(sentence) is None
 
 
 def row(number: int, persona: list[str], *texts: str) -> dict:
@@ -79,17 +38,7 @@ def test_coverage_by_hand():
     ]
     # 5 different sentences: no rule for yale; oslo has one word and new york two, so neither can stand for the other
     assert fact_coverage(rows) == {"facts": 5, "without_rule": 1, "without_swap": 2, "unusable_share": 0.6}
-    assert slot_values(rows) == {
-        ("i have", "", 2): ["two dogs", "one cat"],
-        ("i live in", "", 1): ["oslo"],
-        ("i live in", "", 2): ["new york"],
-    }
     assert fact_coverage([])["unusable_share"] == 0.0
-
-
-def test_a_small_word_in_front_keeps_values_apart():
-    keys = {text: parse_fact(text).slot for text in ("i am a nurse .", "i am an artist .", "i am from texas .")}
-    assert keys["i am a nurse ."] == keys["i am an artist ."] != keys["i am from texas ."]
 
 
 REPLIES = {

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.split import characters
-from rlhf.facts import Fact, Slot, content, parse_fact, second_person, slot_values
+from rlhf.facts import Fact, Slot, as_usual, content, parse_fact, second_person, slot_values
 
 Row = dict[str, Any]
 
@@ -158,7 +158,7 @@ def suggestion_pair(row: Row, turn: int, fact: Fact, foil: str, true: bool, erro
     plain = not any(char.isupper() for message in row["messages"] for char in message["content"])
     question = rng.choice(FRAMES).format(second_person(asked))
     texts = [question, f"{right} , {chosen} .", f"{wrong} , {rejected} ."]
-    question, good, bad = texts if plain else map(_as_usual, texts)
+    question, good, bad = texts if plain else map(as_usual, texts)
     pair = _pair(row, turn, good, bad, "true_suggestion" if true else "giving_in")
     return {**pair, "prompt": [*pair["prompt"], {"role": "user", "content": question}]}
 
@@ -279,12 +279,6 @@ def _exchanged(
             others.remove(partner)
             found += [(mention, partner.value), (partner, mention.value)]
     return found
-
-
-def _as_usual(text: str) -> str:
-    """ "yes , i have a dog ." -> "Yes, I have a dog." """
-    text = re.sub(r"\bi\b", "I", re.sub(r" (?=[,.?!])", "", text))
-    return text[0].upper() + text[1:]
 
 
 # -- judging by a person ---------------------------------------------------------------------------------------------
