@@ -15,10 +15,12 @@ contradicts nothing: recall is limited, and silence is never found guilty.
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
-from rlhf.facts import JOBS, NUMBER, Claim, lemma, lemmas, parse_claim, plain
+from rlhf.facts import JOBS, NUMBER, Claim, core, lemma, lemmas, parse_claims, plain
 
 THRESHOLD = 0.5  # from here on a statement counts as a contradiction
 
@@ -36,10 +38,12 @@ NONE = Verdict(0.0)
 def contradiction(fact: str, statement: str) -> Verdict:
     """The verdict on two sentences in the first person; the order does not matter."""
     texts = plain(fact), plain(statement)
-    found = [*_traits_differ(*texts), *_implied(*texts), *_implied(*texts[::-1])]
-    left, right = parse_claim(fact), parse_claim(statement)
-    if left is not None and right is not None:
-        found += [_polarity(left, right), _exclusive(left, right)]
+    cores = core(fact), core(statement)
+    found = [*_traits_differ(*cores)]
+    for left, right in (texts, cores):
+        found += [*_implied(left, right), *_implied(right, left)]
+    for ours, theirs in product(parse_claims(fact), parse_claims(statement)):
+        found += [_polarity(ours, theirs), _exclusive(ours, theirs), _two_jobs(ours, theirs, " ".join(texts))]
     return max(found, key=lambda verdict: verdict.score, default=NONE)
 
 
@@ -80,12 +84,48 @@ _LIKING_SLOTS = ("like", "favorite ", "eat", "drink", "listen to", "watch", "rea
 
 
 def _polarity(left: Claim, right: Claim) -> Verdict:
+    left, right = _as_liking(left), _as_liking(right)
     alike = any(all(c.slot.startswith(slots) for c in (left, right)) for slots in (_HAVING, _LIKING_SLOTS))
     if left.positive == right.positive or not (left.slot == right.slot or alike):
         return NONE
     ours, theirs = (frozenset(word for word in claim.lemmas if not word.isdigit()) for claim in (left, right))
     shared = len(ours & theirs) / min(len(ours), len(theirs)) if ours and theirs else 0.0
     return Verdict(shared if shared == 1 else 0.6 * shared, "affirms and denies the same") if shared else NONE
+
+
+def _as_liking(claim: Claim) -> Claim:
+    """What one is afraid of or allergic to is not liked."""
+    return replace(claim, slot="like", positive=False) if claim.slot in ("fear", "allergy") else claim
+
+
+_JOB = re.compile(rf"\b(?:{'|'.join(JOBS)})s?\b")
+_ON_THE_SIDE = re.compile(r"\b(?:part time|second|side|also|used to|was|were|volunteer|freelance)\b")
+
+
+def _two_jobs(left: Claim, right: Claim, text: str) -> Verdict:
+    """A job and a place of work, two places of work, two jobs of one's father: mostly another job."""
+    slots = {left.slot, right.slot}
+    differ = not left.lemmas & right.lemmas and left.positive and right.positive
+    if not differ or _ON_THE_SIDE.search(text) and not slots & set(_FATHERS):
+        return NONE
+    if slots == {"workplace"}:
+        return Verdict(0.5, "another workplace")
+    if slots == {"job", "workplace"}:
+        return Verdict(0.4, "a job and a place of work")
+    if all(claim.slot in _FATHERS and _JOB.search(claim.value) for claim in (left, right)):
+        same = left.slot == right.slot or {_FATHERS[slot] for slot in slots} == {"father"}
+        either = "parents" in {_FATHERS[slot] for slot in slots}
+        return Verdict(0.7 if same else 0.5 if either else 0.0, "another job of a parent")
+    return NONE
+
+
+_FATHERS = {
+    "my father": "father",
+    "my dad": "father",
+    "my mother": "mother",
+    "my mom": "mother",
+    "my parents": "parents",
+}
 
 
 def _exclusive(left: Claim, right: Claim) -> Verdict:
@@ -109,6 +149,10 @@ _AGES = tuple(
     (re.compile(pattern), low, high)
     for pattern, low, high in (
         (r"\bi am (?:a |just a |only a )?(?:little|small) (?:girl|boy|kid|child)|\bkindergarten|\bpreschool", 0, 12),
+        (r"\b(?:first|second|third|1st|2nd|3rd) grade\b", 5, 11),
+        (r"\b(?:fourth|fifth|sixth|4th|5th|6th) grade\b", 8, 14),
+        (r"\b(?:polyamorous|open relationship)", 17, 120),
+        (r"\bi work from home|\bi work full ?-?time", 15, 120),
         (r"\b(?:elementary|middle) school(?!.*teach)(?!er)|\bgrader?\b(?!.*teach)", 5, 15),
         (r"\bwill graduate (?:from )?high school", 11, 17),
         (r"\b(?:in|attend|at|from) (?:junior )?high school(?!.*(?:teach|coach))|\bhigh schooler", 11, 19),
@@ -179,7 +223,7 @@ def _traits(text: str) -> dict[str, frozenset[str]]:
     return found
 
 
-_SURE = {"gender": 0.9, "likely gender": 0.3, "marital status": 0.85, "hair colour": 0.9, "hair length": 0.8,
+_SURE = {"gender": 0.9, "likely gender": 0.6, "marital status": 0.85, "hair colour": 0.9, "hair length": 0.8,
          "hair form": 0.8, "eyes": 0.9}  # fmt: skip
 _A_COUNT = 0.85  # "i have one cat", "i have two cats"
 
@@ -229,6 +273,11 @@ _IMPLIED = tuple(
          rf"i am (?:an? )(?!retired)(?:[\w']+ ){{0,3}}?(?:{'|'.join(JOBS)})$", 0.6, "does not work"),
         (r".*\bi am a stay at home", r"(?:.* )?(?:i (?:work|am employed) (?:as|at|for|in)\b|for a living|hate my job)", 0.6, "stays at home"),
         (r".*\bi am a stay at home", rf"i am (?:an? )?(?:[\w']+ ){{0,3}}?(?:{'|'.join(JOBS)})$", 0.6, "stays at home"),
+        (r".*\b(?:prison|jail|juvenile detention)", r"(?:.* )?i (?:work|am employed|own|live in)\b", 0.5, "is in prison"),
+        (r".*\bi (?:broke up|am divorced|got divorced)|my (?:wife|husband) left", r"(?:.* )?(?:i am (?:happily )?married|my (?:wife|husband) (?:is|and))", 0.5, "has lost the partner"),
+        (r"i do not (?:have|own) a (?:car|vehicle)", r"i drive|my (?:car|truck)", 0.6, "has no car"),
+        (r".*\bkosher\b", r"(?!.*\bnot\b).*\b(?:bacon|pork|ham|cheeseburgers?|shrimp|lobster)\b", 0.7, "eats kosher"),
+        (r"i live with my parents|.*move out .*parents", r"i (?:own|bought) a (?:house|home)|my own (?:house|home|apartment)", 0.5, "lives with the parents"),
         (r".*\bi am an only child", r"(?:.* )?(?:my|i have .*)\b(?:brother|sister|sibling)", 0.9, "has no siblings"),
         (r"my (?:mom|mother) (?:passed away|died|is dead)", r"my (?:mom|mother) (?:is (?!dead)|works|lives|keeps|loves|drives)", 0.5, "is dead"),
         (r"my (?:dad|father) (?:passed away|died|is dead)", r"my (?:dad|father) (?:is (?!dead)|works|lives|keeps|loves|drives)", 0.5, "is dead"),

@@ -396,6 +396,26 @@ _CLAIMS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 _HAVE_TOPICS = (("pet", _PETS), ("child", _CHILDREN), ("sibling", _SIBLINGS), ("vehicle", _VEHICLES))
 
 
+def core(sentence: str) -> str:
+    """[`plain`], without greetings in front and adverbs behind the subject: "hey , i also work" -> "i work"."""
+    return _ADVERB.sub("", _OPENING.sub("", plain(sentence)))
+
+
+_NEXT = re.compile(
+    r"\s*(?:[.,;!]\s|\s(?:and|but|so|while|because)\s)\s*"
+    rf"(?=(?:i|my|am|{_VERBS})\s)"
+)
+
+
+def parse_claims(sentence: str) -> list[Claim]:
+    """The claims of all clauses: "i like tea but hate coffee" makes two, each with "i" as its subject."""
+    if sentence.rstrip().endswith("?"):
+        return []
+    first, *others = _NEXT.split(core(sentence))
+    texts = [first, *(text if re.match(r"(?:i|my) ", text) else f"i {text}" for text in others)]
+    return [claim for claim in map(parse_claim, texts) if claim is not None]
+
+
 def parse_claim(sentence: str) -> Claim | None:
     """The claim of a sentence in the first person, or None where no rule applies: the first one of several.
 
@@ -403,7 +423,7 @@ def parse_claim(sentence: str) -> Claim | None:
     """
     if sentence.rstrip().endswith("?"):
         return None
-    text = _ADVERB.sub("", _OPENING.sub("", plain(sentence)))
+    text = core(sentence)
     text = _SECOND_CLAUSE.sub("", re.sub(r"\s*[.!;]\s.*", "", text))
     relative = _RELATIVE.search(text)
     if relative:
@@ -433,8 +453,8 @@ def _claim(slot: str, match: re.Match[str]) -> Claim | None:
         groups["n"] = " ".join([_PAST.get(verb, verb), *rest])
     if slot == "number of {n}":
         groups["n"] = lemma(groups["n"])
-    if slot == "favorite {n}":  # "my favorite colors are red and silver"
-        groups["n"] = re.sub(r"(?<=[^s])s$", "", groups["n"])
+    if slot == "favorite {n}":  # "my favorite colors are red and silver", "my favorite kind of movie"
+        groups["n"] = re.sub(r"^(?:kind|type|sort|genre) of (?!.* to )| genre$|(?<=[^s])s$", "", groups["n"])
     if slot == "home":
         value = re.sub(r" with .*", "", value)  # "oslo with my cousin"
     positive = groups.get("neg") is None
