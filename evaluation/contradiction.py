@@ -16,7 +16,7 @@ contradicts nothing: recall is limited, and silence is never found guilty.
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -42,9 +42,12 @@ def contradiction(fact: str, statement: str) -> Verdict:
     found = [*_traits_differ(*cores)]
     for left, right in (texts, cores):
         found += [*_implied(left, right), *_implied(right, left)]
-    for ours, theirs in product(parse_claims(fact), parse_claims(statement)):
+    for ours, theirs in product(_claims(fact), _claims(statement)):
         found += [_polarity(ours, theirs), _exclusive(ours, theirs), _two_jobs(ours, theirs, " ".join(texts))]
     return max(found, key=lambda verdict: verdict.score, default=NONE)
+
+
+_claims = lru_cache(maxsize=4096)(parse_claims)  # each fact is held against many statements
 
 
 def contradicts(persona: Iterable[str], reply: str) -> Verdict:
@@ -148,7 +151,7 @@ def _exclusive(left: Claim, right: Claim) -> Verdict:
 _AGES = tuple(
     (re.compile(pattern), low, high)
     for pattern, low, high in (
-        (r"\bi am (?:a |just a |only a )?(?:little|small) (?:girl|boy|kid|child)|\bkindergarten|\bpreschool", 0, 12),
+        (r"\bi am (?:a |just a |only a )?(?:little|small) (?:girl|boy|kid|child)|\b(?:kindergarten|preschool)\b(?!.*teach)", 0, 12),
         (r"\b(?:first|second|third|1st|2nd|3rd) grade\b", 5, 11),
         (r"\b(?:fourth|fifth|sixth|4th|5th|6th) grade\b", 8, 14),
         (r"\b(?:polyamorous|open relationship)", 17, 120),
@@ -196,7 +199,7 @@ _COUNTED = "dogs?|cats?|horses?|fish|children|kids|sons?|daughters?|brothers?|si
 _COUNT = re.compile(rf"\b({NUMBER}) ((?:\w+ )??)({_COUNTED})\b")
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _traits(text: str) -> dict[str, frozenset[str]]:
     """Traits of which one has a single value, each with the value's words."""
     found: dict[str, frozenset[str]] = {}
@@ -241,7 +244,7 @@ def _traits_differ(left: str, right: str) -> Iterator[Verdict]:
         yield Verdict(0.95 if told and other_told else 0.8, "another age")
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _age(text: str) -> tuple[int, int, bool]:
     """From, to, and whether it is told in years."""
     told = _YEARS.search(text)
@@ -271,6 +274,7 @@ _IMPLIED = tuple(
          r"(?:.* )?(?:i (?:work|am employed|am working)\b(?! out)|for a living|hate my job)", 0.7, "does not work"),
         (r"(?:.* )?(?:i am (?:retired|unemployed|out of work)|i have been retired)",
          rf"i am (?:an? )(?!retired)(?:[\w']+ ){{0,3}}?(?:{'|'.join(JOBS)})$", 0.6, "does not work"),
+        (r"i am (?:currently )?looking for (?:a job|work)", rf"i am an? (?:[\w']+ ){{0,3}}?(?:{'|'.join(JOBS)})$|i (?:\w+ )?work (?:at|as|for|in)|i started a new job", 0.5, "has no job"),
         (r".*\bi am a stay at home", r"(?:.* )?(?:i (?:work|am employed) (?:as|at|for|in)\b|for a living|hate my job)", 0.6, "stays at home"),
         (r".*\bi am a stay at home", rf"i am (?:an? )?(?:[\w']+ ){{0,3}}?(?:{'|'.join(JOBS)})$", 0.6, "stays at home"),
         (r".*\b(?:prison|jail|juvenile detention)", r"(?:.* )?i (?:work|am employed|own|live in)\b", 0.5, "is in prison"),

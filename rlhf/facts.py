@@ -349,7 +349,7 @@ _CLAIMS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("job", r"i (?:work|am working|am employed|got a job|started a new job|have a job) as (?P<v>.+)"),
         ("job", r"i (?P<v>(?!do )\w.+?) for a living"),
         ("job", r"my (?:job|profession|occupation|work) is (?:to |being )?(?P<v>.+)"),
-        ("workplace", (rf"i {_NEGATIVE}(?:work|am working|am employed|got a job|have a (?:part time |full time )?job)"
+        ("workplace", (rf"i {_NEGATIVE}(?:work|am working|am employed|(?:got|have|started) a (?:new |part time |full time )?job(?: working)?)"
                       r"(?: part time| full time| full-time| fulltime)? (?:at|in|for|by|on) (?P<v>.+)")),
         ("job status", r"i (?:am|have been|was) (?P<neg>not )?(?P<v>retired|unemployed|jobless|out of work|self employed|between jobs)\b.*"),
         ("school", r"i (?:am|go) (?:in|to|attend) (?:my .+ (?:in|of) )?(?P<v>(?:\w+ )?(?:school|college|university|grade|kindergarten|preschool))\b.*"),
