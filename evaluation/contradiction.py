@@ -43,7 +43,12 @@ def contradiction(fact: str, statement: str) -> Verdict:
     for left, right in (texts, cores):
         found += [*_implied(left, right), *_implied(right, left)]
     for ours, theirs in product(_claims(fact), _claims(statement)):
-        found += [_polarity(ours, theirs), _exclusive(ours, theirs), _two_jobs(ours, theirs, " ".join(texts))]
+        found += [
+            _denied_whole(ours, theirs),
+            _polarity(ours, theirs),
+            _exclusive(ours, theirs),
+            _two_jobs(ours, theirs, " ".join(texts)),
+        ]
     return max(found, key=lambda verdict: verdict.score, default=NONE)
 
 
@@ -96,6 +101,35 @@ def _polarity(left: Claim, right: Claim) -> Verdict:
     return Verdict(shared if shared == 1 else 0.6 * shared, "affirms and denies the same") if shared else NONE
 
 
+# What a denial of the whole denies of its parts: "i have no pets" rules out "i have two dogs".
+_PARTS = {
+    "pet": lemmas("dog cat fish bird parrot hamster rabbit turtle snake lizard horse pony poodle lab retriever pet"),
+    "child": lemmas("son daughter child baby toddler"),
+    "sibling": lemmas("brother sister sibling"),
+    "famili": lemmas("brother sister mother father wife husband son daughter family"),
+}
+
+
+def _denied_whole(left: Claim, right: Claim) -> Verdict:
+    """Having none of a kind against having one; not being able against doing."""
+    if left.positive == right.positive:
+        return NONE
+    denial, other = (left, right) if right.positive else (right, left)
+    if denial.slot == "can" and denial.value.split()[0] == other.slot.split()[0]:
+        return Verdict(0.8, "cannot, and does")
+    if not (denial.slot.startswith(_HAVING) or denial.slot == "can" and "have" in denial.value.split()):
+        return NONE
+    parts = frozenset().union(*(_PARTS.get(word, {word}) for word in denial.lemmas))
+    if (
+        other.slot.startswith(_HAVING)
+        and parts & other.lemmas
+        or other.slot.startswith("my ")
+        and parts & lemmas(other.slot)
+    ):
+        return Verdict(0.9 if denial.lemmas & _PARTS.keys() else 0.6, "has none, and has one")
+    return NONE
+
+
 def _as_liking(claim: Claim) -> Claim:
     """What one is afraid of or allergic to is not liked."""
     return replace(claim, slot="like", positive=False) if claim.slot in ("fear", "allergy") else claim
@@ -137,6 +171,8 @@ def _exclusive(left: Claim, right: Claim) -> Verdict:
     ours, theirs = left.lemmas, right.lemmas
     if slot != right.slot or not (left.positive and right.positive) or ours <= theirs or theirs <= ours:
         return NONE
+    if slot == "job" and "retir" in ours | theirs:
+        sure *= 0.5
     if slot in _PLACES:
         kinds = [bool(value & _KINDS_OF_PLACE) and not value & _AMERICA for value in (ours, theirs)]
         within = any(a & _IN_AMERICA and b & _AMERICA for a, b in ((ours, theirs), (theirs, ours)))
@@ -165,7 +201,8 @@ _AGES = tuple(
         (r"\bretired\b", 38, 120),
         (r"\bgrand(?:children|kids|son|daughter)", 34, 120),
         (r"\bgrown (?:children|kids|sons|daughters)", 36, 120),
-        (r"\bi remember when nobody", 60, 120),
+        (r"\bi remember when nobody|\bi am (?:too |getting )?old\b", 45, 120),
+        (r"\bi am young\b", 0, 39),
         (r"\b(?:army|navy|marines|military)\b", 18, 120),
         (r"\bi (?:am|got|was) married|\bmy (?:wife|husband)|\bdivorc|\bsingle (?:mom|dad|mother|father)", 17, 120),
         (r"\bi am (?:pregnant|expecting)|\bi am (?:a )?(?:stay at home )?(?:mom|dad|mother|father|parent)\b", 15, 120),
@@ -213,13 +250,26 @@ def _traits(text: str) -> dict[str, frozenset[str]]:
     elif _MARRIED.search(text):
         found["marital status"] = frozenset(["married"])
     hair = re.search(
-        r"(?:\b(?:have|is) )?((?:\w+ ){1,3})hair\b(?!.*color)(.*waist)?|\bi am an? (blonde|brunette|redhead)", text
+        r"(?:\b(?:have|is) )?((?:\w+ ){1,3})hair\b(?!.*color)(.*waist)?|\bi am an? (?:\w+ )?(blonde|brunette|redhead)",
+        text,
     )
-    if hair and not text.startswith(("my mother", "my dog", "my cat")):
+    if hair and " more " not in hair[0] and not text.startswith(("my mother", "my dog", "my cat")):
         words = lemmas(" ".join(group or "" for group in hair.groups()).replace("waist", "long"))
         found |= {name: words & kind for name, kind in _HAIR if words & kind}
     eyes = re.search(r"(\w+) eyes\b", text)
-    if eyes and lemma(eyes[1]) in _HAIR[0][1] | lemmas("hazel amber"):
+    if eyes and eyes[1] not in (
+        "my",
+        "big",
+        "beautiful",
+        "pretty",
+        "bright",
+        "dark",
+        "the",
+        "nice",
+        "bad",
+        "her",
+        "his",
+    ):
         found["eyes"] = frozenset([lemma(eyes[1])])
     for number, kind, noun in _COUNT.findall(text):
         found[f"number of {kind}{lemma(noun)}"] = frozenset([lemma(number)])
@@ -247,6 +297,7 @@ def _traits_differ(left: str, right: str) -> Iterator[Verdict]:
 @lru_cache(maxsize=4096)
 def _age(text: str) -> tuple[int, int, bool]:
     """From, to, and whether it is told in years."""
+    text = re.sub(r"\b(?:since|when|until|before|after|as) (?:i (?:was|am|turned) )?.*", "", text)
     told = _YEARS.search(text)
     if told:
         number = told[1] or told[2]
@@ -259,7 +310,7 @@ def _age(text: str) -> tuple[int, int, bool]:
 
 # -- implications ------------------------------------------------------------------------------------------------------
 
-_LIKING = r"(?:love|like|enjoy|eat|drink|favorite|cook|grill|weakness)"
+_LIKING = r"(?:love|like|enjoy|eat|ate|need|want|crave|drink|favorite|cook|grill|weakness)"
 _MEAT = r"\b(?:meat|steaks?|chicken|beef|bacon|ham|pork|burgers?|cheeseburgers?|hamburgers?|bbq|ribs|turkey|sausages?|fish and chips)\b"
 _DAIRY = r"\b(?:cheese|ice cream|eggs?|milk|butter|yogurt|cheeseburgers?)\b"
 _ALCOHOL = r"\b(?:alcohol|beers?|wine|whiskey|vodka|cocktails?)\b"
@@ -267,7 +318,7 @@ _ALCOHOL = r"\b(?:alcohol|beers?|wine|whiskey|vodka|cocktails?)\b"
 _IMPLIED = tuple(
     (re.compile(one), re.compile(other), score, reason)
     for one, other, score, reason in (
-        (r".*\b(?:vegan|vegetarian)\b", rf"(?!.*\bnot\b).*(?:{_LIKING}.*{_MEAT}|{_MEAT}.*favorite|omnivore|carnivore)", 0.85, "eats no meat"),
+        (r".*\b(?:vegan|vegetarian|only eat (?:raw|veg\w*|fruit\w*|plants?))\b", rf"(?!.*\bnot\b).*(?:{_LIKING}.*{_MEAT}|{_MEAT}.*favorite|omnivore|carnivore)", 0.85, "eats no meat"),
         (r".*\bvegan\b", rf"(?!.*\bnot\b).*{_LIKING}.*{_DAIRY}", 0.8, "eats nothing from animals"),
         (r"(?:.* )?i (?:do not|never) (?:like to )?drink(?: alcohol| or|$)", rf"(?!.*\b(?:not|recover\w+)\b).*{_LIKING}.*{_ALCOHOL}", 0.85, "does not drink"),
         (r"(?:.* )?(?:retired$|i am (?:retired|unemployed|out of work)|i have been retired)",
@@ -296,7 +347,7 @@ _OPPOSITES = tuple(
     tuple(re.compile(rf"i am (?:not )?(?:an? )?(?:\w+ ){{0,2}}?(?:{words})\b(?! of)") for words in line.split(" | "))
     for line in (
         "tall | short", "overweight|fat|chubby|obese | thin|skinny|slim|underweight", "rich|wealthy | poor|broke",
-        "shy|introvert|introverted|recluse | outgoing|extrovert|extroverted|social", "young | old|elderly",
+        "shy|introvert|introverted|recluse | outgoing|extrovert|extroverted|social", 
         "happy|cheerful | unhappy|sad|depressed|miserable", "healthy|athlete|fit | sick|ill|unhealthy",
         "left handed | right handed", "lazy | hardworking|active|energetic", "republican|conservative | democrat|liberal",
         "morning person|early bird|early riser | night owl|night person", "neat|tidy|organized | messy|disorganized",
@@ -310,6 +361,11 @@ def _implied(left: str, right: str) -> Iterator[Verdict]:
     for one, other, score, reason in _IMPLIED:
         if one.match(left) and other.match(right):
             yield Verdict(score, reason)
+    if re.match(
+        r"(?:.* )?never been out of (\w+).* \| (?:.* )?i (?:live|work)(?: here| now)? in (?!\1)\w+",
+        f"{left} | {right}",
+    ):
+        yield Verdict(0.6, "was never there")
     if " not " not in f"{left} {right}":
         for one, other in _OPPOSITES:
             if one.match(left) and other.match(right):

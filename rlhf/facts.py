@@ -349,6 +349,9 @@ _CLAIMS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("job", r"i (?:work|am working|am employed|got a job|started a new job|have a job) as (?P<v>.+)"),
         ("job", r"i (?P<v>(?!do )\w.+?) for a living"),
         ("job", r"my (?:job|profession|occupation|work) is (?:to |being )?(?P<v>.+)"),
+        ("job", r"i (?:work|am working) (?:at|in|for|from) .+? as (?P<v>.+)"),
+        ("job", r"i (?:have been working|am working|work|have) an? (?P<v>(?!new|part|full|second|good|great|bad|nice)\w+(?: \w+)?) job\b.*"),
+        ("job", r"i am in the (?P<v>(?:\w+ )?(?:army|navy|military|marines|air force))\b.*"),
         ("workplace", (rf"i {_NEGATIVE}(?:work|am working|am employed|(?:got|have|started) a (?:new |part time |full time )?job(?: working)?)"
                       r"(?: part time| full time| full-time| fulltime)? (?:at|in|for|by|on) (?P<v>.+)")),
         ("job status", r"i (?:am|have been|was) (?P<neg>not )?(?P<v>retired|unemployed|jobless|out of work|self employed|between jobs)\b.*"),
