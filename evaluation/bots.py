@@ -81,21 +81,24 @@ def other_persona(rows: Sequence[Row]) -> Bot:
 
 DEGENERATE: dict[str, Bot] = {
     "silence": silence,
-    "recite all": recite_all,
-    "recite one": recite_one,
-    "recite two": recite_two,
+    "recite_all": recite_all,
+    "recite_one": recite_one,
+    "recite_two": recite_two,
     "deny": deny,
-    "keyword salad": keyword_salad,
-    "generic question": generic_question,
-    "repeat last line": repeat_last_line,
+    "keyword_salad": keyword_salad,
+    "generic_question": generic_question,
+    "repeat_last_line": repeat_last_line,
     "agree": agree,
-    "no, value": no_value,
+    "no_value": no_value,
 }
+
+
+NAMES = ("oracle", "wrong_persona", *DEGENERATE)
 
 
 def bots(rows: Sequence[Row]) -> dict[str, Bot]:
     """All of them by name, for these probes."""
-    return {"oracle": oracle, "other persona": other_persona(rows), **DEGENERATE}
+    return {"oracle": oracle, "wrong_persona": other_persona(rows), **DEGENERATE}
 
 
 def ladder(rows: Sequence[Row], seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> dict[str, dict[str, Any]]:

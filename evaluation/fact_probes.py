@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf.facts import NUMBER, Claim, as_usual, claims, lemma, lemmas, second_person
 
@@ -160,13 +160,14 @@ def probes_of(
     }
 
 
-class _Asked:
-    """A fact that can be probed."""
+class _Asked(NamedTuple):
+    """A fact that can be probed; a foil is (value, the sentence that states it)."""
 
-    def __init__(
-        self, slot: str, sentence: str, claim: Claim, wordings: tuple[str, ...], foils: list[tuple[str, str]]
-    ):
-        self.slot, self.sentence, self.claim, self.wordings, self.foils = slot, sentence, claim, wordings, foils
+    slot: str
+    sentence: str
+    claim: Claim
+    wordings: tuple[str, ...]
+    foils: list[tuple[str, str]]
 
 
 _Pool = dict[tuple[str, bool], list[tuple[str, str, Claim]]]  # slot, positive: persona, sentence, claim
@@ -285,7 +286,7 @@ def _rows(rng: random.Random, persona_id: str, persona: Sequence[str], asked: Se
                         "probe_id": f"{persona_id}/{fact.slot}/{kind}",
                     }
                 )  # fmt: skip
-    return rows + _absent_rows(rng, persona_id, persona, values, written)
+    return [*rows, *(_absent_rows(rng, persona_id, persona, values, written) if asked else [])]
 
 
 def _absent_rows(

@@ -17,7 +17,10 @@ import numpy as np
 from peft import PeftModel
 from trl import ModelConfig
 
-from evaluation.intervals import cluster_bootstrap, rate_interval
+from evaluation.bots import NAMES as RULES
+from evaluation.bots import bots
+from evaluation.fact_probes import probes_of
+from evaluation.intervals import cluster_bootstrap
 from evaluation.nli import NLI, c_scores, load_nli
 from evaluation.perplexity import dialogue_nats, perplexity_intervals, reply_nll
 from evaluation.probes import persona_consistency, score_reply
@@ -34,7 +37,7 @@ from rlhf.record import stage
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-FIXED = ("oracle", "wrong_persona", "silence")
+FACT_PROBE_TURNS = (0, 3)  # exchanges before a probe; real dialogues have about seven
 KL_REPLIES = 1000  # sampled probe replies that the KL is estimated on, of all kinds
 
 
@@ -45,7 +48,9 @@ class EvaluateConfig:
     dataset: str = field(metadata={"help": "Folder of the prepare stage.", "path": True})
     output_dir: str = field(metadata={"help": "Where each system gets its folder."})
     systems: dict[str, str | None] = field(
-        metadata={"help": "Name to adapter folder; null is the base alone. oracle, wrong_persona, silence are rules."}
+        metadata={
+            "help": "Name to adapter folder; null is the base alone, or a bot of evaluation/bots.py by its name."
+        }
     )
     reference_system: str = field(default="sft", metadata={"help": "What the KL of the others is measured against."})
     max_dialogues: int | None = field(default=None, metadata={"help": "Held-out dialogues.", "range": "[1, inf)"})
@@ -70,9 +75,9 @@ class EvaluateConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
-        odd = [name for name, path in self.systems.items() if path is None and name not in ("base", *FIXED)]
+        odd = [name for name, path in self.systems.items() if path is None and name not in ("base", *RULES)]
         if odd:
-            raise ValueError(f"`systems`: {', '.join(odd)} has no adapter; null is for base, {', '.join(FIXED)} only")
+            raise ValueError(f"`systems`: {', '.join(odd)} has no adapter; null is for base, {', '.join(RULES)} only")
 
 
 def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
@@ -85,8 +90,10 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
         # Data
         dataset = Path(args.dataset)
         dialogues = read_jsonl(dataset / "dialogues_heldout.jsonl", args.max_dialogues)
-        probes = _probes(dataset / "probes.jsonl", args)
+        probes, coverage = _probes(dataset / "probes.jsonl", dialogues, args)
         logger.info("%d dialogues, %d probes", len(dialogues), len(probes))
+        if coverage:
+            logger.info("probes from the personas: %s", coverage)
 
         # Base and adapters
         tokenizer = load_tokenizer(model_args.model_name_or_path)
@@ -105,8 +112,8 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
         # Systems
         for name, folder in args.systems.items():
             logger.info("evaluating %s", name)
-            if name in FIXED:
-                rows = _judged(_fixed_rows(name, dialogues, probes), nli, args)
+            if name in RULES:
+                rows = _judged(_fixed_rows(name, dialogues, probes, args.seed), nli, args)
                 results = _results(rows, args)
                 likelihoods = []
             else:
@@ -117,6 +124,7 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
                     likelihoods += _add_hits(results, model, tokenizer, dialogues, args)
                     _add_kl(results, model, tokenizer, rows, name, args)
             results["run"] |= {
+                **({"probe_coverage": coverage} if coverage else {}),
                 "system": name,
                 "adapter": folder,
                 "adapter_hash": record["parents"][name]["hash"] if folder else None,
@@ -140,11 +148,13 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
                     logger.info("%s %s %.3f [%.3f, %.3f]", name, metric, row["value"], *bounds)
 
 
-def _probes(path: Path, args: EvaluateConfig) -> list[Row]:
-    """The probes of the first personas, and of some of their facts; none where the data has no probes."""
-    if not path.is_file():
-        return []
-    rows = read_jsonl(path)
+def _probes(path: Path, dialogues: Sequence[Row], args: EvaluateConfig) -> tuple[list[Row], Row]:
+    """The probes of the first personas, and of some of their facts.
+
+    Data without probes gets them from the personas of the held-out dialogues, and then {"facts", "scorable" ...} of
+    `evaluation.fact_probes.probes_of` comes with them.
+    """
+    rows, coverage = (read_jsonl(path), {}) if path.is_file() else _fact_probes(dialogues, args)
     facts: dict[str, list[str]] = {}
     for row in rows:
         known = facts.setdefault(row["persona_id"], [])
@@ -154,7 +164,26 @@ def _probes(path: Path, args: EvaluateConfig) -> list[Row]:
     for persona in list(facts)[: args.max_personas]:
         number = min(args.max_facts or len(facts[persona]), len(facts[persona]))
         chosen.update(random.Random(f"{args.seed}/{persona}").sample(facts[persona], number))
-    return [row for row in rows if row["fact_id"] in chosen]
+    return [row for row in rows if row["fact_id"] in chosen], coverage
+
+
+def _fact_probes(dialogues: Sequence[Row], args: EvaluateConfig) -> tuple[list[Row], Row]:
+    """Probes of each different persona, at the start and in its first dialogue that is long enough."""
+    personas: dict[str, list[str]] = {}
+    histories: dict[str, list[Row]] = {}
+    for row in dialogues:
+        name = "/".join(row["persona"])
+        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"] if m["role"] != "system"]
+        personas[name] = list(row["persona"])
+        if messages and messages[0]["role"] == "user" and len(messages) > len(histories.get(name, [])):
+            histories[name] = messages
+    names = {name: f"persona-{number}" for number, name in enumerate(personas)}
+    return probes_of(
+        {names[name]: persona for name, persona in personas.items()},
+        args.seed,
+        {names[name]: messages for name, messages in histories.items()},
+        FACT_PROBE_TURNS,
+    )
 
 
 def _active(model: Any, name: str | None) -> contextlib.AbstractContextManager[None]:
@@ -178,33 +207,27 @@ def _model_rows(
     return rows
 
 
-def _fixed_rows(name: str, dialogues: Sequence[Row], probes: Sequence[Row]) -> list[Row]:
-    """Ceiling and floors by rule: right from the persona, right from the next row's persona, and nothing at all."""
-    shifted = [*dialogues[1:], *dialogues[:1]]
-    source = shifted if name == "wrong_persona" else dialogues
-    said = ["" if name == "silence" else row["messages"][-1]["content"] for row in source]
+def _fixed_rows(name: str, dialogues: Sequence[Row], probes: Sequence[Row], seed: int) -> list[Row]:
+    """The replies of a bot: ceiling, floors and attacks by rule."""
+    bot = bots(probes)[name]
+    rng = random.Random(f"{name}/{seed}")
+    if name in ("oracle", "wrong_persona"):  # what was really said: here, or in the next dialogue
+        source = dialogues if name == "oracle" else [*dialogues[1:], *dialogues[:1]]
+        said = [row["messages"][-1]["content"] for row in source]
+    else:
+        said = [bot(_as_probe(row, rng), rng) for row in dialogues]
     rows = _dialogue_rows(dialogues, said)
-    personas = {probe["persona_id"]: probe for probe in probes}
-    following = dict(zip(personas, [*list(personas)[1:], *list(personas)[:1]], strict=True))
-    replies = []
-    for probe in probes:
-        other = personas[following[probe["persona_id"]]] if name == "wrong_persona" else probe
-        replies.append("" if name == "silence" else rule_reply(probe, other))
+    replies = [bot(probe, rng) for probe in probes]
     for decoding in ("greedy", "sampled"):
         rows += _probe_rows(probes, replies, decoding) if probes else []
     return rows
 
 
-def rule_reply(probe: Row, persona: Row) -> str:
-    """What a bot says that reads `persona` without fail: the fact of the asked slot, with yes or no before it."""
-    value = persona["persona_values"].get(probe["slot"])
-    if value is None:
-        return "i do not know ."
-    fact = next(fact for fact in persona["persona"] if f" {value} " in f" {fact} ")
-    if probe["kind"] == "direct":
-        return fact
-    suggested = probe["foil"] if probe["kind"] == "false_suggestion" else probe["value"]
-    return f"{'yes' if suggested == value else 'no'} , {fact}"
+def _as_probe(row: Row, rng: random.Random) -> Row:
+    """A dialogue whose last message is still to be said, for a bot: one of the facts stands for the asked one."""
+    persona = row["persona"] or ["i do not know ."]
+    question = row["messages"][-2]["content"] if len(row["messages"]) > 1 else ""
+    return {"kind": "direct", "persona": persona, "question": question, "fact": rng.choice(persona)}
 
 
 def _dialogue_rows(dialogues: Sequence[Row], replies: Sequence[str]) -> list[Row]:
@@ -250,7 +273,7 @@ def _results(rows: Sequence[Row], args: EvaluateConfig) -> Row:
         results["breakdown"] = consistency["breakdown"]
         results["run"] |= consistency["run"]
     else:
-        results["run"]["not_scored"]["persona_consistency"] = "the data has no probes.jsonl"
+        results["run"]["not_scored"]["persona_consistency"] = "no fact of the held-out personas can be probed"
     return results
 
 

@@ -320,7 +320,7 @@ _ADJUNCT = re.compile(
     r"\s+(?:every|each|once|twice|regularly|recently|daily|nightly|weekly|most days|most of|all day|all the time|at all|at night|"
     r"at home|at my|in the (?!world)|on the (?=weekend)|on (?:weekends|saturdays|sundays|fridays)|for a living|as a|as my|"
     r"for fun|occasionally|to (?:help|pay|pursue|support|relax|socialize)|very much|a lot(?! of)|a year|a week|a day|a month|in a|in my|for my|on my|during|before|after|right now|"
-    r"for (?:the|over|about|almost|\w+ years)|(?:three|several|many|a few) times|to each|too|together|again|last|this|next|and then|"
+    r"for (?:the|over|about|almost|\w+ years)|(?:three|several|many|a few) times|to each|too|together|again|last|this|next (?:week|month|year|spring|summer|fall|winter)|and then|"
     rf"(?:about |over )?{NUMBER} (?:months?|years?|times?|days?|weeks?) (?:ago|a)|by myself|as often|in general)\b.*"
 )
 _TIME = re.compile(
@@ -374,10 +374,10 @@ _CLAIMS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("fear", r"i (?:am|was) (?P<neg>not )?(?:\w+ )?(?:afraid|scared|terrified|frightened) (?:of|by) (?P<v>.+)"),
         ("fear", r"i fear (?P<v>.+)"),
         ("like", (r"i (?P<neg>hate|dislike|despise|detest|loathe|can not stand|do not (?:like|enjoy|love|care for)|am not (?:into|interested in|a fan of))"
-                 rf"(?: (?P<ask>to \w+{_PREPOSITION}?|\w{{2,}}ing{_PREPOSITION}?)(?= (?!and |or |with |at |in |for |on )\w))? (?P<v>.+)")),
+                 rf"(?: (?P<ask>to \w+{_PREPOSITION}?|\w{{2,}}ing{_PREPOSITION}?)(?= (?!and |or |with |at |in |for |on |out )\w))? (?P<v>.+)")),
         ("like", (r"i (?:love|like|enjoy|adore|am (?:\w+ )?(?:interested in|into|fond of|passionate about|obsessed with|crazy about|addicted to|an? (?:\w+ )?fan of)|"
                  r"have an? (?:\w+ )?(?:weakness|passion|love|thing) for|would rather|prefer)"
-                 rf"(?: (?P<ask>to \w+{_PREPOSITION}?|(?!something|anything|everything|nothing|king|morning|evening|spring|string|wedding)\w{{2,}}ing{_PREPOSITION}?)(?= (?!and |or |with |at |in |for |on )\w))? (?P<v>.+)")),
+                 rf"(?: (?P<ask>to \w+{_PREPOSITION}?|(?!being|something|anything|everything|nothing|king|morning|evening|spring|string|wedding)\w{{2,}}ing{_PREPOSITION}?)(?= (?!and |or |with |at |in |for |on |out )\w))? (?P<v>.+)")),
         ("like", r"i am an? (?:(?:huge|big|avid|total|true|real|massive) )*(?P<v>\w+(?: \w+)?) (?:lover|fan|enthusiast|addict|fanatic|junkie|buff)"),
         ("want", r"i (?P<neg>do not )?(?:want|hope|wish|plan|would like|would love|aspire|am planning|am hoping|dream)(?: (?:to be|to become|of being|to|of|on|about|for))? (?P<v>.+)"),
         ("want", r"my (?:biggest )?(?:dream|goal)(?: in life| job)? is (?:to be |to |being )?(?P<v>.+)"),

@@ -43,7 +43,7 @@ def personas() -> dict[str, list[str]]:
 def check(rows):
     found = {name: result["persona_consistency"]["value"] for name, result in ladder(rows, num_resamples=50).items()}
     assert found.pop("oracle") >= ORACLE_FLOOR
-    assert found.pop("other persona") < OTHER_PERSONA_LIMIT
+    assert found.pop("wrong_persona") < OTHER_PERSONA_LIMIT
     assert found.keys() == DEGENERATE.keys()
     assert not {name: value for name, value in found.items() if value >= DEGENERATE_LIMIT}
     return found
@@ -73,8 +73,8 @@ def test_single_metrics_are_won_and_the_headline_is_not():
         name: {row["kind"]: row["value"] for row in result["breakdown"] if row["turn"] == row["split"] == "all"}
         for name, result in ladder(rows, num_resamples=50).items()
     }
-    assert parts["agree"]["true_suggestion"] == 1 == parts["no, value"]["false_suggestion"]
-    assert parts["agree"]["all"] == parts["no, value"]["all"] == 0
+    assert parts["agree"]["true_suggestion"] == 1 == parts["no_value"]["false_suggestion"]
+    assert parts["agree"]["all"] == parts["no_value"]["all"] == 0
 
 
 def test_replies_by_hand():
@@ -87,11 +87,11 @@ def test_replies_by_hand():
              "persona_values": {"home": "turin"}}  # fmt: skip
     rng = random.Random(0)
     said = {name: bot(row, rng) for name, bot in bots([row, other]).items()}
-    assert said["oracle"] == "no , I live in Lyon." and said["other persona"] == "yes , I live in Turin."
-    assert said["recite all"] == "I live in Lyon. I'm a judge ." and said["silence"] == ""
-    assert said["repeat last line"] == row["question"] and said["no, value"] == "no , I live in Lyon ."
+    assert said["oracle"] == "no , I live in Lyon." and said["wrong_persona"] == "yes , I live in Turin."
+    assert said["recite_all"] == "I live in Lyon. I'm a judge ." and said["silence"] == ""
+    assert said["repeat_last_line"] == row["question"] and said["no_value"] == "no , I live in Lyon ."
     assert said["deny"] == "no , i do not live in lyon ."
-    assert sorted(said["keyword salad"].split()) == ["Lyon", "judge", "live"]
+    assert sorted(said["keyword_salad"].split()) == ["Lyon", "judge", "live"]
     assert deny({**row, "fact": "Two dogs own me."}, rng) == "no , it is not true that two dogs own me ."
     world = {**row, "kind": "direct", "persona": ["my home is in lyon .", "i am a judge ."]}
     del world["fact"]

@@ -209,7 +209,9 @@ def test_clauses():
 
 
 def test_unknown_kind():
-    with pytest.raises(ValueError, match=r"`kind` = 'riddle'.*known are direct, false_suggestion, true_suggestion, absent, forget"):
+    with pytest.raises(
+        ValueError, match=r"`kind` = 'riddle'.*known are direct, false_suggestion, true_suggestion, absent, forget"
+    ):
         score_reply(probe("riddle"), "hi")
 
 

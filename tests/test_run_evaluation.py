@@ -2,14 +2,16 @@
 
 import json
 import math
+import random
 import shutil
 
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from evaluation.bots import other_persona
 from evaluation.compare import compare, system_items
-from evaluation.run import EvaluateConfig, _kl_rows, main, rule_reply
+from evaluation.run import EvaluateConfig, _kl_rows, main
 from rlhf.config import parse
 from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
 from rlhf.pipeline import config_classes
@@ -29,7 +31,7 @@ def evaluate(folder, dataset, model, systems, **keys):
 def evaluated(tiny_llama, dataset, sft_run, ppo_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated") / "evaluate"
     systems = {"base": None, "sft": str(sft_run.folder), "ppo": str(ppo_run.folder), "oracle": None,
-               "wrong_persona": None, "silence": None}  # fmt: skip
+               "wrong_persona": None, "silence": None, "agree": None, "recite_all": None}  # fmt: skip
     return folder, evaluate(folder, dataset, tiny_llama, systems)
 
 
@@ -68,6 +70,9 @@ def test_rules_are_ceiling_and_floors(evaluated):
     # the next character has another pet, but for the last of the nine, whose next one is the first: both have a dog
     assert value(results, "wrong_persona", "persona_consistency") == pytest.approx(1 / 9)
     assert value(results, "silence", "persona_consistency") == 0 and value(results, "silence", "length_words") == 0
+    assert value(results, "agree", "persona_consistency") == 0 and value(results, "agree", "length_words") == 4
+    assert value(results, "recite_all", "keyword_score") > value(results, "oracle", "keyword_score")  # and yet
+    assert value(results, "recite_all", "persona_consistency") == 0
 
 
 def test_perplexity_is_the_trainers(evaluated, sft_run, ppo_run):
@@ -99,11 +104,23 @@ def test_data_without_probes(tiny_llama, dataset, tmp_path):
     shutil.copytree(dataset, data)
     (data / "probes.jsonl").unlink()
     write_json(data / "metadata.json", read_record(data) | {"result_hash": folder_hash(data)})
-    results = evaluate(tmp_path / "evaluate", data, tiny_llama, {"base": None, "oracle": None}, max_dialogues=3)
+    # Three characters with a pet and a food; their dialogues are too short for a probe after three exchanges.
+    results = evaluate(
+        tmp_path / "some", data, tiny_llama, {"base": None, "oracle": None, "agree": None}, max_dialogues=3
+    )
+    assert value(results, "oracle", "persona_consistency") == 1 and value(results, "agree", "persona_consistency") == 0
+    assert results["base"]["metrics"]["persona_consistency"]["n"] == 6 * 2  # in seen and in held-out wordings
+    coverage = results["base"]["run"]["probe_coverage"]
+    assert coverage["facts"] == coverage["scorable"] == 6 and coverage["without_history"] == {"3": 3}
+    rows = read_jsonl(data / "dialogues_heldout.jsonl")
+    write_jsonl(data / "dialogues_heldout.jsonl", ({**row, "persona": ["zzz ."]} for row in rows))
+    write_json(data / "metadata.json", read_record(data) | {"result_hash": folder_hash(data)})
+    results = evaluate(tmp_path / "none", data, tiny_llama, {"base": None, "oracle": None}, max_dialogues=3)
     for name in ("base", "oracle"):
         assert "persona_consistency" not in results[name]["metrics"] and results[name]["breakdown"] == []
-        assert results[name]["run"]["not_scored"]["persona_consistency"] == "the data has no probes.jsonl"
-        assert len(read_jsonl(tmp_path / "evaluate" / name / "replies.jsonl")) == 3
+        reason = "no fact of the held-out personas can be probed"
+        assert results[name]["run"]["not_scored"]["persona_consistency"] == reason
+        assert results[name]["run"]["probe_coverage"]["unscorable_share"] == 1
 
 
 def test_candidates_and_a_judge(tiny_llama, dataset, sft_run, tmp_path):
@@ -169,10 +186,11 @@ def test_a_changed_adapter_is_refused(tiny_llama, dataset, sft_run, tmp_path):
         ("direct", None, None, "i do not know ."),
     ],
 )
-def test_rule_reply(kind, foil, persona, reply):
-    probe = {"kind": kind, "slot": "pet", "value": "dog", "foil": foil}
+def test_reply_from_a_persona(kind, foil, persona, reply):
+    probe = {"kind": kind, "slot": "pet", "value": "dog", "foil": foil, "persona_id": "asked"}
     values = {"pet": persona} if persona else {}
-    assert rule_reply(probe, {"persona": [f"i have a {persona} ."], "persona_values": values}) == reply
+    source = {"persona_id": "read", "persona": [f"i have a {persona} ."], "persona_values": values}
+    assert other_persona([probe, source])(probe, random.Random(0)) == reply
 
 
 def test_kl_is_estimated_on_all_kinds_and_turns():
