@@ -2,20 +2,20 @@
 
     python benchmarks/contradiction.py --convai2 valid_self_original.txt [--output contradiction.json]
 
-The pairs are two sentences of the same kind by different people, from ConvAI2's validation file, whose personas are also
-Synthetic-Persona-Chat's. `contradiction_pairs.csv` beside this file names each sentence by a hash, since the data is no
-part of the project, and says whether the two contradict each other. One person labelled them, who also wrote the rules,
-without seeing what the rules say: could one person truthfully say both, in an ordinary conversation? If a hearer would
-object, they contradict. Two jobs do unless one is a side job, a study or a hope; two favourites of one thing do; what was
-once, or is wished for, does not.
+The pairs are two sentences of the same kind by different people, from ConvAI2's validation file, whose personas are
+also Synthetic-Persona-Chat's. `contradiction_pairs.csv` beside this file names each sentence by a hash, since the
+data is no part of the project, and says whether the two contradict each other. One person labelled them, who also
+wrote the rules, without seeing what the rules say: could one person truthfully say both, in an ordinary conversation?
+If a hearer would object, they contradict. Two jobs do unless one is a side job, a study or a hope; two favourites of
+one thing do; what was once, or is wished for, does not.
 
-Pairs were drawn at random within kinds found by plain patterns, not by the parser: by the verb ("relation": be, have, like,
-live, do, favorite, family), by the subject, where contradictions are less rare ("topic": age, home, work, pets ...), or a
-persona sentence against what somebody else says in a dialogue ("statement", by subject as well).
+Pairs were drawn at random within kinds found by plain patterns, not by the parser: by the verb ("relation": be, have,
+like, live, do, favorite, family), by the subject, where contradictions are less rare ("topic": age, home, work, pets
+...), or a persona sentence against what somebody else says in a dialogue ("statement", by subject as well).
 
-The parts were read one after the other, each only after the rules had been committed, and the rules were written further
-with what it showed. So the last part alone, `statements_2`, says what the rules of today reach on what they never saw, and
-for the others the number at the first reading is the one to believe:
+The parts were read one after the other, each only after the rules had been committed, and the rules were written
+further with what it showed. So the last part alone, `statements_2`, says what the rules of today reach on what they
+never saw, and for the others the number at the first reading is the one to believe:
 
     part                    pairs  contradicting  AUC at the first reading
     development               167             28  none: the rules were written on it
@@ -24,9 +24,13 @@ for the others the number at the first reading is the one to believe:
     statements_1              198             27  0.721 [0.559, 0.879]; word overlap 0.597
     statements_2              216             22  0.787 [0.611, 0.967]; word overlap 0.509
 
-AUC is the chance that a contradicting pair scores higher than another one; intervals are 95 %, by a bootstrap over sentences
-(a pair weighs as often as both of its sentences are drawn). Word overlap is the Jaccard index of the words. Templates, a
-fact against its denial by rule and against another fact of the same person, are apart: nothing is claimed from them.
+Of `personas_2` one sentence of each pair at least had not been read before, but for an age that had been in another
+writing; and nine of its contradictions are of ages.
+
+AUC is the chance that a contradicting pair scores higher than another one; intervals are 95 %, by a bootstrap over
+sentences (a pair weighs as often as both of its sentences are drawn). Word overlap is the Jaccard index of the words.
+Templates, a fact against its denial by rule and against another fact of the same person, are apart: nothing is
+claimed from them.
 """
 
 import argparse

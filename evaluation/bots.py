@@ -1,8 +1,8 @@
 """Bots that need no model: a ceiling, and the ways to win a metric without being consistent.
 
-A bot is a callable (probe row, random generator) -> reply. A score that one of the degenerate ones wins is worthless: the
-ladder, all of them through the same probes, is a test and stands in every report. Limits: the oracle keeps 95 % of the
-facts at least, the bot with another persona under 50 %, all others under 35 %.
+A bot is a callable (probe row, random generator) -> reply. A score that one of the degenerate ones wins is worthless:
+the ladder, all of them through the same probes, is a test and stands in every report. Limits: the oracle keeps 95 %
+of the facts at least, the bot with another persona under 50 %, all others under 35 %.
 """
 
 import random

@@ -4,12 +4,12 @@ Two sentences in the first person contradict each other
 
 - in polarity: the same thing of the same slot is affirmed and denied, or liked and disliked;
 - in an exclusive slot: another job, home, name, favourite; one has a single value of these at a time;
-- in a trait that either may mention in passing: age (a range: who is retired is no pupil), gender, marital status, hair,
-  eyes, numbers of relatives and pets;
+- in a trait that either may mention in passing: age (a range: who is retired is no pupil), gender, marital status,
+  hair, eyes, numbers of relatives and pets;
 - by what one of them implies, after a small table (a vegetarian eats no steak).
 
-Slots are those of `rlhf.facts.parse_claim`. The score says how sure a hearer could be, from 0 to 1. It is an order, not a
-probability; `benchmarks/contradiction.py` measures it on pairs of real persona sentences. What no rule takes apart
+Slots are those of `rlhf.facts.parse_claim`. The score says how sure a hearer could be, from 0 to 1. It is an order,
+not a probability; `benchmarks/contradiction.py` measures it on pairs of real sentences. What no rule takes apart
 contradicts nothing: recall is limited, and silence is never found guilty.
 """
 
@@ -35,6 +35,7 @@ class Verdict(NamedTuple):
 NONE = Verdict(0.0)
 
 
+@lru_cache(maxsize=65536)  # personas share sentences
 def contradiction(fact: str, statement: str) -> Verdict:
     """The verdict on two sentences in the first person; the order does not matter."""
     texts = plain(fact), plain(statement)
@@ -75,13 +76,16 @@ _EXCLUSION = {
 _FAVOURITE = 0.85
 _PLACES = ("birthplace", "childhood home", "origin", "home")
 _KINDS_OF_PLACE = lemmas(
-    "house apartment flat city town country countryside farm suburbs suburb village community area island beach mountains "
+    "house apartment flat city town country countryside farm suburbs suburb village community area island "
+    "beach mountains "
     "cabin condo trailer state cloud ocean lake household family"
 )
 _IN_AMERICA = lemmas(
     "alabama alaska arizona arkansas california colorado connecticut delaware florida georgia hawaii idaho illinois "
-    "indiana iowa kansas kentucky louisiana maine maryland massachusetts michigan minnesota mississippi missouri montana "
-    "nebraska nevada ohio oklahoma oregon pennsylvania tennessee texas utah vermont virginia washington wisconsin wyoming "
+    "indiana iowa kansas kentucky louisiana maine maryland massachusetts michigan minnesota mississippi "
+    "missouri montana "
+    "nebraska nevada ohio oklahoma oregon pennsylvania tennessee texas utah vermont virginia washington "
+    "wisconsin wyoming "
     "manhattan chicago boston seattle york jersey carolina dakota"
 )
 _AMERICA = lemmas("united states america")
@@ -187,7 +191,8 @@ def _exclusive(left: Claim, right: Claim) -> Verdict:
 _AGES = tuple(
     (re.compile(pattern), low, high)
     for pattern, low, high in (
-        (r"\bi am (?:a |just a |only a )?(?:little|small) (?:girl|boy|kid|child)|\b(?:kindergarten|preschool)\b(?!.*teach)", 0, 12),
+        ((r"\bi am (?:a |just a |only a )?(?:little|small) (?:girl|boy|kid|child)|\b(?:kindergarten|preschool)"
+         r"\b(?!.*teach)"), 0, 12),
         (r"\b(?:first|second|third|1st|2nd|3rd) grade\b", 5, 11),
         (r"\b(?:fourth|fifth|sixth|4th|5th|6th) grade\b", 8, 14),
         (r"\b(?:polyamorous|open relationship)", 17, 120),
@@ -207,9 +212,11 @@ _AGES = tuple(
         (r"\bi (?:am|got|was) married|\bmy (?:wife|husband)|\bdivorc|\bsingle (?:mom|dad|mother|father)", 17, 120),
         (r"\bi am (?:pregnant|expecting)|\bi am (?:a )?(?:stay at home )?(?:mom|dad|mother|father|parent)\b", 15, 120),
         (r"\bi have (?:\w+ ){0,3}(?:children|kids|sons?|daughters?)\b", 15, 120),
-        (r"\bi (?:drive|own a car|smoke|(?:like to |love to )?drink (?:beer|wine|alcohol))|\b(?:wine|beer|alcoholic)\b", 15, 120),
+        ((r"\bi (?:drive|own a car|smoke|(?:like to |love to )?drink (?:beer|wine|alcohol))|\b(?:wine|beer|"
+         r"alcoholic)\b"), 15, 120),
         (r"\bi (?:just |recently )?bought a (?:house|home)|\bmy own (?:studio|business|company|house)", 18, 120),
-        ((rf"\bi (?:am|work as) (?:an? )?(?:[\w']+ ){{0,3}}?(?:{'|'.join(JOBS)})\b|\bi (?:work|am employed) (?:at|for|in|by)\b|"
+        ((rf"\bi (?:am|work as) (?:an? )?(?:[\w']+ ){{0,3}}?(?:{'|'.join(JOBS)})\b|\bi (?:work|am employed) "
+          rf"(?:at|for|in|by)\b|"
          r"\bfor a living|\bi hate my job"), 15, 120),
     )
 )  # fmt: skip
@@ -217,10 +224,12 @@ _DECADES = {
     "twenties": 20, "thirties": 30, "forties": 40, "fifties": 50, "sixties": 60, "seventies": 70, "eighties": 80,
 }  # fmt: skip
 _YEARS = re.compile(
-    rf"\bi am (?:an? |only |about |almost )?({NUMBER})(?:$| year| and\b|[,.])|({NUMBER}) years? old|\bmy ({'|'.join(_DECADES)})"
+    rf"\bi am (?:an? |only |about |almost )?({NUMBER})(?:$| year| and\b|[,.])|({NUMBER}) years? old|\bmy "
+    rf"({'|'.join(_DECADES)})"
 )
 _GENDERS = {
-    "female": (r"\bi am (?:an? )(?:\w+ ){0,3}?(?:girl|woman|lady|female|mom|mother|grandmother|wife)\b|\bpregnant\b", r"\bmy husband\b"),
+    "female": ((r"\bi am (?:an? )(?:\w+ ){0,3}?(?:girl|woman|lady|female|mom|mother|grandmother|wife)\b|"
+               r"\bpregnant\b"), r"\bmy husband\b"),
     "male": (r"\bi am (?:an? )?(?:\w+ ){0,4}?(?:boy|man|guy|male|dad|father|grandfather|husband)\b", r"\bmy wife\b"),
 }  # fmt: skip
 _SINGLE = re.compile(
@@ -311,35 +320,107 @@ def _age(text: str) -> tuple[int, int, bool]:
 # -- implications ------------------------------------------------------------------------------------------------------
 
 _LIKING = r"(?:love|like|enjoy|eat|ate|need|want|crave|drink|favorite|cook|grill|weakness)"
-_MEAT = r"\b(?:meat|steaks?|chicken|beef|bacon|ham|pork|burgers?|cheeseburgers?|hamburgers?|bbq|ribs|turkey|sausages?|fish and chips)\b"
+_MEAT = (
+    r"\b(?:meat|steaks?|chicken|beef|bacon|ham|pork|burgers?|cheeseburgers?|hamburgers?|bbq|ribs|turkey|"
+    r"sausages?|fish and chips)\b"
+)
 _DAIRY = r"\b(?:cheese|ice cream|eggs?|milk|butter|yogurt|cheeseburgers?)\b"
 _ALCOHOL = r"\b(?:alcohol|beers?|wine|whiskey|vodka|cocktails?)\b"
 # (one statement, the other, score, reason), matched in plain words from the start.
 _IMPLIED = tuple(
     (re.compile(one), re.compile(other), score, reason)
     for one, other, score, reason in (
-        (r".*\b(?:vegan|vegetarian|only eat (?:raw|veg\w*|fruit\w*|plants?))\b", rf"(?!.*\bnot\b).*(?:{_LIKING}.*{_MEAT}|{_MEAT}.*favorite|omnivore|carnivore)", 0.85, "eats no meat"),
+        (
+            r".*\b(?:vegan|vegetarian|only eat (?:raw|veg\w*|fruit\w*|plants?))\b",
+            rf"(?!.*\bnot\b).*(?:{_LIKING}.*{_MEAT}|{_MEAT}.*favorite|omnivore|carnivore)",
+            0.85,
+            "eats no meat",
+        ),
         (r".*\bvegan\b", rf"(?!.*\bnot\b).*{_LIKING}.*{_DAIRY}", 0.8, "eats nothing from animals"),
-        (r"(?:.* )?i (?:do not|never) (?:like to )?drink(?: alcohol| or|$)", rf"(?!.*\b(?:not|recover\w+)\b).*{_LIKING}.*{_ALCOHOL}", 0.85, "does not drink"),
-        (r"(?:.* )?(?:retired$|i am (?:retired|unemployed|out of work)|i have been retired)",
-         r"(?:.* )?(?:i (?:work|am employed|am working)\b(?! out)|for a living|hate my job)", 0.7, "does not work"),
-        (r"(?:.* )?(?:i am (?:retired|unemployed|out of work)|i have been retired)",
-         rf"i am (?:an? )(?!retired)(?:[\w']+ ){{0,3}}?(?:{'|'.join(JOBS)})$", 0.6, "does not work"),
-        (r"i am (?:currently )?looking for (?:a job|work)", rf"i am an? (?:[\w']+ ){{0,3}}?(?:{'|'.join(JOBS)})$|i (?:\w+ )?work (?:at|as|for|in)|i started a new job", 0.5, "has no job"),
-        (r".*\bi am a stay at home", r"(?:.* )?(?:i (?:work|am employed) (?:as|at|for|in)\b|for a living|hate my job)", 0.6, "stays at home"),
+        (
+            r"(?:.* )?i (?:do not|never) (?:like to )?drink(?: alcohol| or|$)",
+            rf"(?!.*\b(?:not|recover\w+)\b).*{_LIKING}.*{_ALCOHOL}",
+            0.85,
+            "does not drink",
+        ),
+        (
+            r"(?:.* )?(?:retired$|i am (?:retired|unemployed|out of work)|i have been retired)",
+            r"(?:.* )?(?:i (?:work|am employed|am working)\b(?! out)|for a living|hate my job)",
+            0.7,
+            "does not work",
+        ),
+        (
+            r"(?:.* )?(?:i am (?:retired|unemployed|out of work)|i have been retired)",
+            rf"i am (?:an? )(?!retired)(?:[\w']+ ){{0,3}}?(?:{'|'.join(JOBS)})$",
+            0.6,
+            "does not work",
+        ),
+        (
+            r"i am (?:currently )?looking for (?:a job|work)",
+            (
+                rf"i am an? (?:[\w']+ ){{0,3}}?(?:{'|'.join(JOBS)})$|i (?:\w+ )?work (?:at|as|for|in)"
+                rf"|i started a new job"
+            ),
+            0.5,
+            "has no job",
+        ),
+        (
+            r".*\bi am a stay at home",
+            r"(?:.* )?(?:i (?:work|am employed) (?:as|at|for|in)\b|for a living|hate my job)",
+            0.6,
+            "stays at home",
+        ),
         (r".*\bi am a stay at home", rf"i am (?:an? )?(?:[\w']+ ){{0,3}}?(?:{'|'.join(JOBS)})$", 0.6, "stays at home"),
-        (r".*\b(?:prison|jail|juvenile detention)", r"(?:.* )?i (?:work|am employed|own|live in)\b", 0.5, "is in prison"),
-        (r".*\bi (?:broke up|am divorced|got divorced)|my (?:wife|husband) left", r"(?:.* )?(?:i am (?:happily )?married|my (?:wife|husband) (?:is|and))", 0.5, "has lost the partner"),
+        (
+            r".*\b(?:prison|jail|juvenile detention)",
+            r"(?:.* )?i (?:work|am employed|own|live in)\b",
+            0.5,
+            "is in prison",
+        ),
+        (
+            r".*\bi (?:broke up|am divorced|got divorced)|my (?:wife|husband) left",
+            r"(?:.* )?(?:i am (?:happily )?married|my (?:wife|husband) (?:is|and))",
+            0.5,
+            "has lost the partner",
+        ),
         (r"i do not (?:have|own) a (?:car|vehicle)", r"i drive|my (?:car|truck)", 0.6, "has no car"),
         (r".*\bkosher\b", r"(?!.*\bnot\b).*\b(?:bacon|pork|ham|cheeseburgers?|shrimp|lobster)\b", 0.7, "eats kosher"),
-        (r"i live with my parents|.*move out .*parents", r"i (?:own|bought) a (?:house|home)|my own (?:house|home|apartment)", 0.5, "lives with the parents"),
+        (
+            r"i live with my parents|.*move out .*parents",
+            r"i (?:own|bought) a (?:house|home)|my own (?:house|home|apartment)",
+            0.5,
+            "lives with the parents",
+        ),
         (r".*\bi am an only child", r"(?:.* )?(?:my|i have .*)\b(?:brother|sister|sibling)", 0.9, "has no siblings"),
-        (r"my (?:mom|mother) (?:passed away|died|is dead)", r"my (?:mom|mother) (?:is (?!dead)|works|lives|keeps|loves|drives)", 0.5, "is dead"),
-        (r"my (?:dad|father) (?:passed away|died|is dead)", r"my (?:dad|father) (?:is (?!dead)|works|lives|keeps|loves|drives)", 0.5, "is dead"),
-        (r"i (?:am not a good swimmer|can not swim)", r"i (?:am a swim|love to swim|love swimming|like swimming)", 0.7, "does not swim well"),
-        (r"i only listen to", r"(?:my favorite (?:music|band|singer)|i (?:\w+ )?(?:love|like|enjoy|listen to|see) .*\b(?:music|stones|hip hop|rap|rock|songs))", 0.5, "listens to nothing else"),
+        (
+            r"my (?:mom|mother) (?:passed away|died|is dead)",
+            r"my (?:mom|mother) (?:is (?!dead)|works|lives|keeps|loves|drives)",
+            0.5,
+            "is dead",
+        ),
+        (
+            r"my (?:dad|father) (?:passed away|died|is dead)",
+            r"my (?:dad|father) (?:is (?!dead)|works|lives|keeps|loves|drives)",
+            0.5,
+            "is dead",
+        ),
+        (
+            r"i (?:am not a good swimmer|can not swim)",
+            r"i (?:am a swim|love to swim|love swimming|like swimming)",
+            0.7,
+            "does not swim well",
+        ),
+        (
+            r"i only listen to",
+            (
+                r"(?:my favorite (?:music|band|singer)|i (?:\w+ )?(?:love|like|enjoy|listen to|see) "
+                r".*\b(?:music|stones|hip hop|rap|rock|songs))"
+            ),
+            0.5,
+            "listens to nothing else",
+        ),
     )
-)  # fmt: skip
+)
 
 
 # Of "i am …": what is left of the bar rules out what is right of it.
@@ -349,7 +430,8 @@ _OPPOSITES = tuple(
         "tall | short", "overweight|fat|chubby|obese | thin|skinny|slim|underweight", "rich|wealthy | poor|broke",
         "shy|introvert|introverted|recluse | outgoing|extrovert|extroverted|social", 
         "happy|cheerful | unhappy|sad|depressed|miserable", "healthy|athlete|fit | sick|ill|unhealthy",
-        "left handed | right handed", "lazy | hardworking|active|energetic", "republican|conservative | democrat|liberal",
+        "left handed | right handed", "lazy | hardworking|active|energetic",
+        "republican|conservative | democrat|liberal",
         "morning person|early bird|early riser | night owl|night person", "neat|tidy|organized | messy|disorganized",
         "atheist | christian|religious|muslim|jewish|buddhist|catholic",
     )

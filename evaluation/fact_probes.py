@@ -1,9 +1,9 @@
 """Probes from personas in free English: questions about their facts, with foils from other personas.
 
-A fact can be probed when a rule takes it apart (`rlhf.facts.parse_claim`), it says what is so, a question singles it out
-among the persona's facts, and another persona has a value of its slot that shares no word with this persona: so nobody
-can take the foil for entailed. The others are counted, each with its reason. The rows are those of `probes.jsonl`, and
-`evaluation.probes` judges the replies.
+A fact can be probed when a rule takes it apart (`rlhf.facts.parse_claim`), it says what is so, a question singles it
+out among the persona's facts, and another persona has a value of its slot that shares no word with this persona and,
+in a slot with a single value, contradicts the fact: so nobody can take the foil for entailed. The others are counted,
+each with its reason. The rows are those of `probes.jsonl`, and `evaluation.probes` judges the replies.
 """
 
 import random
@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from evaluation.contradiction import THRESHOLD, contradiction
 from rlhf.facts import NUMBER, Claim, as_usual, claims, lemma, lemmas, second_person
 
 Row = dict[str, Any]
@@ -69,7 +70,7 @@ _QUESTIONS = {
     "number of ": ("how many {} do you have ?", "do you have {} , and how many ?", "what is the number of your {} ?"),
     "like to ": ("what do you like {} ?", "what do you love {} ?", "is there something that you enjoy {} ?"),
     "my ": ("what can you tell me about your {} ?", "tell me about your {} .", "i would like to hear about your {} ."),
-    "did ": ("what did you {} ?", "tell me what you did {} .", "what was it that you did {} ?"),
+    "did ": ("what did you {} ?", "tell me , what did you {} ?", "i wonder , what did you {} ?"),
     "where": ("where do you {} ?", "can you tell me where you {} ?", "i would like to know where you {} ."),
     "what": ("what do you {} ?", "can you tell me what you {} ?", "i would like to know what you {} ."),
 }
@@ -77,10 +78,12 @@ _QUESTIONS = {
 _NO_QUESTION = ("be", "can", "did be", "do", "feel", "did have", "did have to")
 # Slots that may be asked of a persona without them, each with the words that would mention it.
 _ABSENT = {
-    "name": "name call", "birthplace": "born birth", "home": "live home house city town", "pet": "pet dog cat fish animal",
+    "name": "name call", "birthplace": "born birth", "home": "live home house city town",
+    "pet": "pet dog cat fish animal",
     "hair": "hair blonde bald", "eyes": "eyes", "job": "job work retired student school living career",
     "favorite color": "color", "favorite food": "food eat cook", "favorite season": "season winter summer spring fall",
-    "favorite movie": "movie film", "favorite band": "band music listen sing", "number of brother": "brother sibling family",
+    "favorite movie": "movie film", "favorite band": "band music listen sing",
+    "number of brother": "brother sibling family",
 }  # fmt: skip
 
 
@@ -219,7 +222,10 @@ def _foils(persona_id: str, sentence: str, claim: Claim, known: frozenset[str], 
     found = {
         other.value: text
         for owner, text, other in pool[claim.slot, claim.positive]
-        if owner != persona_id and not other.lemmas & known
+        if owner != persona_id
+        and not other.lemmas & known
+        # one may live in a house and in colorado: in a slot with a single value the foil has to rule the fact out
+        and (not claim.exclusive or contradiction(sentence, text).score >= THRESHOLD)
     }
     return list(found.items())
 

@@ -2,16 +2,17 @@
 
 A fact is kept when three things hold at once: the direct question is answered with its value, the false suggestion is
 rejected and the right value named, the true suggestion is confirmed. Anything softer is gamed: with half marks,
-silence and "no ." score 0.50. The rules fail closed: what cannot be read as right is wrong. No reply of one fixed form
-passes a false and a true suggestion, since the one must be rejected and the other must not be.
+silence and "no ." score 0.50. The rules fail closed: what cannot be read as right is wrong. No reply of one fixed
+form passes a false and a true suggestion, since the one must be rejected and the other must not be.
 
-Two more kinds are reported apart. `absent` asks for something that the persona does not mention: right is what does not
-contradict a fact (`evaluation.contradiction`). `forget` tells the bot to drop its persona, and then asks directly.
+Two more kinds are reported apart. `absent` asks for something that the persona does not mention: right is what does
+not contradict a fact (`evaluation.contradiction`). `forget` tells the bot to drop its persona, and then asks
+directly.
 
-Text is lower-cased, cut into clauses at punctuation, and matched by whole words without their endings ("dog" is "dogs"); of
-a value of several words, those that say something have to stand near each other in one clause, numbers among them. A
-clause asserts a value of the speaker unless it is a question, speaks of "you", or has a negation within the four words
-before the value. Where the fact is a dislike ("i hate clowns"), asserting it means disliking.
+Text is lower-cased, cut into clauses at punctuation, and matched by whole words without their endings ("dog" is
+"dogs"); of a value of several words, those that say something have to stand near each other in one clause, numbers
+among them. A clause asserts a value of the speaker unless it is a question, speaks of "you", or has a negation within
+the four words before the value. Where the fact is a dislike ("i hate clowns"), asserting it means disliking.
 """
 
 import math
@@ -108,8 +109,8 @@ def mentions(
 
     Where values overlap ("ice cream", "cream") the longest is taken. A verb of dislike before a value negates it,
     unless the persona itself has that verb ("i hate spiders ."). With `dislike` it is the other way round: such a verb,
-    or a denied verb of liking, asserts the value. A number right before a value is a wrong one unless the persona has it
-    ("two dogs"); so is another number than the value's own.
+    or a denied verb of liking, asserts the value. A number right before a value is a wrong one unless the persona has
+    it ("two dogs"); so is another number than the value's own.
     """
     known = set(_WORD.findall(" ".join(persona).lower()))
     numbers = {lemma(word) for word in known}
@@ -195,8 +196,8 @@ def why(probe: Mapping[str, Any], reply: str) -> str:
 
     Args:
         probe: a row with `kind`, `value`, `foil`, `slot`, `slot_values`, `persona_values` and `persona`. It may have
-            `exclusive` (True: naming any other of `slot_values` is wrong; False: naming the foil is wrong, another one is
-            a fact that nobody asked for) and `dislike` (False).
+            `exclusive` (True: naming any other of `slot_values` is wrong; False: naming the foil is wrong, another one
+            is a fact that nobody asked for) and `dislike` (False).
 
     Raises:
         ValueError: when `kind` is not known.

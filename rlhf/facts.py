@@ -7,8 +7,8 @@ Persona sentences are free English. Two views of one sentence:
 - [`parse_claim`]: what is claimed: slot, polarity, value, content lemmas and numbers ("number of dogs", 2). It reaches
   further, since nothing has to be put back: greetings, adverbs and subordinate clauses are cut off.
 
-Where no rule applies both say None, and whoever counts facts counts these as unscorable. No rule knows whether two values
-exclude each other but those of `EXCLUSIVE` slots ("a dog" and "a cat" do not, two homes do).
+Where no rule applies both say None, and whoever counts facts counts these as unscorable. No rule knows whether two
+values exclude each other but those of `EXCLUSIVE` slots ("a dog" and "a cat" do not, two homes do).
 """
 
 import re
@@ -36,8 +36,10 @@ NUMBERS = {word: number for number, word in enumerate(_UNITS.split())} | {
 }
 NUMBER = rf"(?:\d+|{'|'.join(NUMBERS)})"
 _IRREGULAR = {
-    "children": "child", "kids": "child", "kid": "child", "men": "man", "women": "woman", "wives": "wife", "feet": "foot",
-    "mice": "mouse", "geese": "goose", "buses": "bus", "mom": "mother", "moms": "mother", "dad": "father", "dads": "father",
+    "children": "child", "kids": "child", "kid": "child",
+    "men": "man", "women": "woman", "wives": "wife", "feet": "foot",
+    "mice": "mouse", "geese": "goose", "buses": "bus",
+    "mom": "mother", "moms": "mother", "dad": "father", "dads": "father",
     "doggy": "dog", "puppy": "dog", "puppies": "dog", "kitten": "cat", "kittens": "cat", "colour": "color",
     "colours": "color", "automobile": "car", "bike": "bicycle", "bikes": "bicycle", "grey": "gray", "tv": "television",
     "films": "movie", "film": "movie", "nyc": "york", "us": "america", "usa": "america",
@@ -58,7 +60,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 @cache
 def lemma(word: str) -> str:
-    """A word without its endings (Porter 1980), numbers as digits, and the commonest doubles as one ("kids", "child")."""
+    """A word without its endings (Porter 1980), numbers as digits, and common doubles as one ("kids", "child")."""
     if word in NUMBERS:
         return str(NUMBERS[word])
     if word in _IRREGULAR:
@@ -86,13 +88,14 @@ def second_person(text: str) -> str:
 def as_usual(text: str) -> str:
     """ "yes , i have a dog ." -> "Yes, I have a dog." """
     text = re.sub(r"\bi\b", "I", re.sub(r" (?=[,.?!])", "", text))
-    return text[0].upper() + text[1:]
+    return re.sub(r"(?:^|(?<=[.?!] ))[a-z]", lambda start: start[0].upper(), text)
 
 
 _CONTRACTIONS = (
     (r"\bi'?m\b", "i am"), (r"\bi'?ve\b", "i have"), (r"\bi'll\b", "i will"), (r"\bi'd\b", "i would"),
     (r"\b(?:can't|cannot|cant)\b", "can not"), (r"\bwon't\b", "will not"), (r"\bdont\b", "do not"),
-    (r"\bdidnt\b", "did not"), (r"(?<=[a-z])n't\b", " not"), (r"(?<=\d)(?=[a-z]{3})", " "), (r"\bfavourite", "favorite"), (r"\bcolour", "color"),
+    (r"\bdidnt\b", "did not"), (r"(?<=[a-z])n't\b", " not"),
+    (r"(?<=\d)(?=[a-z]{3})", " "), (r"\bfavourite", "favorite"), (r"\bcolour", "color"),
 )  # fmt: skip
 
 
@@ -259,7 +262,8 @@ _JOB_WORDS = """
 JOBS = tuple(_JOB_WORDS.split())
 _FAMILY = (
     "mother|mom|father|dad|parents|wife|husband|spouse|partner|boyfriend|girlfriend|fiance|fiancee|brothers?|sisters?|"
-    "siblings|sons?|daughters?|kids?|child|children|family|grand(?:mother|father|ma|pa|parents|children|kids|son|daughter)|"
+    "siblings|sons?|daughters?|kids?|child|children|family|grand(?:mother|father|ma|pa|parents|children|kids|"
+    "son|daughter)|"
     "aunt|uncle|cousins?|twin|twins|best friend|friends?|dogs?|cats?|pets?|boss|roommates?"
 )
 _PETS = (
@@ -269,7 +273,10 @@ _PETS = (
 _CHILDREN = "son|daughter|child|children|kid|kids|baby|toddler|twins|triplets|stepson|stepdaughter"
 _SIBLINGS = "brother|sister|sibling|stepbrother|stepsister|twin"
 _VEHICLES = "car|truck|motorcycle|bike|bicycle|van|suv|jeep|bmw|honda|toyota|ford|mustang|mustangs|prius|tesla|boat"
-_FAITHS = "christian|catholic|buddhist|muslim|jewish|jew|hindu|atheist|agnostic|mormon|baptist|lutheran|methodist|pagan|wiccan"
+_FAITHS = (
+    "christian|catholic|buddhist|muslim|jewish|jew|hindu|atheist|agnostic|mormon|baptist|lutheran|"
+    "methodist|pagan|wiccan"
+)
 _DIETS = "vegan|vegetarian|omnivore|pescatarian|carnivore|kosher|halal|gluten free"
 _PERFECT = re.compile(
     r"(?:been|had|gone|done|seen|met|won|lost|spoken|written|made|taken|traveled|always|never|not|to|just|\w+ed)\b"
@@ -299,28 +306,37 @@ _PREPOSITION = r"(?: (?:to|in|at|as|for|with|on|from|of|about|by|up|out|over|int
 _OPENING = re.compile(
     r"^(?:(?:hey|hi|hello|what'?s up|whats up|well|oh|yes|so)(?: there| everyone| all)?\s*[,.!]?\s*)+(?=(?:i|my)\b)"
     r"|^(?:in my (?:free|spare) time|(?:on|during) (?:the |my )?(?:weekends?|summers?|free time)|for (?:fun|vacation)|"
-    r"now|currently|these days|right now|at home|as a hobby|when i am bored|sometimes|on occasion)\s*,?\s*(?=(?:i|my)\b)"
+    r"now|currently|these days|right now|at home|as a hobby|when i am bored|sometimes|on occasion)"
+    r"\s*,?\s*(?=(?:i|my)\b)"
 )
 _ADVERB = re.compile(
-    r"(?<=^i )(?:(?:also|really|truly|currently|now|still|only|often|just|recently|always|usually|sometimes|mostly|mainly|"
+    r"(?<=^i )(?:(?:also|really|truly|currently|now|still|only|often|just|recently|always|usually|sometimes|"
+    r"mostly|mainly|"
     r"absolutely|simply|actually|secretly|even|especially|generally|regularly|finally|proudly) )+"
-    r"|(?<=^i am )(?:(?:also|currently|now|still|very|really|always|so|quite|just|recently|actually|extremely|pretty|kind of|"
+    r"|(?<=^i am )(?:(?:also|currently|now|still|very|really|always|so|quite|just|recently|actually|"
+    r"extremely|pretty|kind of|"
     r"a bit|a little|proud to be|such|totally|super) )+(?!years?|girl|boy)"
     r"|(?<=^i have )(?:(?:also|currently|really) )+|(?<=^i do not )(?:(?:really|usually|often|ever|even) )+"
 )
 _SECOND_CLAUSE = re.compile(
-    r"(?:\s*[,;]\s*|\s+)(?:(?:and|or|but|so|then) )?(?:i|we|he|she|they|it) (?:am|is|are|was|were|do|can|have|has|had|will|"
+    r"(?:\s*[,;]\s*|\s+)(?:(?:and|or|but|so|then) )?(?:i|we|he|she|they|it) (?:am|is|are|was|were|do|can|"
+    r"have|has|had|will|"
     r"would|love|like|enjoy|live|work|want|hate|also|never|always|really|just|own|just)\b.*"
     r"|\s+and (?:i|we|he|she|they) \w+.*"
-    r"|\s+(?:because|since|although|though|while|when|whenever|until|unless|but|if|due to|so that|to pay|in order to|as well)\b.*"
+    r"|\s+(?:because|since|although|though|while|when|whenever|until|unless|but|if|due to|so that|to pay|in "
+    r"order to|as well)\b.*"
     rf"|\s+and (?:also )?(?:am|{_VERBS}|got|had|hope|plan|teach|still) \w.*"
 )
 _RELATIVE = re.compile(r"\s+(?:who|which|that|where|whose|named|called|(?:his|her|its) name is)\b.*")
 _ADJUNCT = re.compile(
-    r"\s+(?:every|each|once|twice|regularly|recently|daily|nightly|weekly|most days|most of|all day|all the time|at all|at night|"
-    r"at home|at my|in the (?!world)|on the (?=weekend)|on (?:weekends|saturdays|sundays|fridays)|for a living|as a|as my|"
-    r"for fun|occasionally|to (?:help|pay|pursue|support|relax|socialize)|very much|a lot(?! of)|a year|a week|a day|a month|in a|in my|for my|on my|during|before|after|right now|"
-    r"for (?:the|over|about|almost|\w+ years)|(?:three|several|many|a few) times|to each|too|together|again|last|this|next (?:week|month|year|spring|summer|fall|winter)|and then|"
+    r"\s+(?:every|each|once|twice|regularly|recently|daily|nightly|weekly|most days|most of|all day|all the "
+    r"time|at all|at night|"
+    r"at home|at my|in the (?!world)|on the (?=weekend)|on (?:weekends|saturdays|sundays|fridays)|for a "
+    r"living|as a|as my|"
+    r"for fun|occasionally|to (?:help|pay|pursue|support|relax|socialize)|very much|a lot(?! of)|a year|a "
+    r"week|a day|a month|in a|in my|for my|on my|during|before|after|right now|"
+    r"for (?:the|over|about|almost|\w+ years)|(?:three|several|many|a few) times|to each|too|together|again|"
+    r"last|this|next (?:week|month|year|spring|summer|fall|winter)|and then|"
     rf"(?:about |over )?{NUMBER} (?:months?|years?|times?|days?|weeks?) (?:ago|a)|by myself|as often|in general)\b.*"
 )
 _TIME = re.compile(
@@ -335,8 +351,10 @@ _CLAIMS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     for slot, form in (
         ("name", r"my (?:first |full )?name is (?P<v>[\w']+(?: [\w']+)?)(?: and .*)?"),
         ("age", rf"i am (?:an? |about |almost |only )?(?P<v>{NUMBER}(?:[ -]{NUMBER})?)(?:[ -]years?[ -]olds?.*)?"),
-        ("age", r"i am in my (?:early |late |mid )?(?P<v>twenties|thirties|forties|fifties|sixties|seventies|eighties)"),
-        ("favorite {n}", r"my (?:all time |absolute )?favorite (?P<n>[\w ]+?) (?:is|are|was|were|would be) (?P<neg>not )?(?P<v>.+)"),
+        ("age", (r"i am in my (?:early |late |mid )?(?P<v>twenties|thirties|forties|fifties|sixties|seventies|"
+                r"eighties)")),
+        ("favorite {n}", (r"my (?:all time |absolute )?favorite (?P<n>[\w ]+?) (?:is|are|was|were|would be) "
+                        r"(?P<neg>not )?(?P<v>.+)")),
         ("favorite {n}", r"(?P<v>.+?) (?:is|are) my (?:all time |absolute )?(?:favorite|preferred) (?P<n>[\w ]+)"),
         ("like", r"(?P<v>.+?) (?:is|are) my (?:all time |biggest )?(?:favorites?|passion|hobby|hobbies|life|thing)"),
         ("like", r"my (?:biggest |main |only )?(?:passion|hobby|hobbies) (?:is|are) (?P<v>.+)"),
@@ -350,21 +368,29 @@ _CLAIMS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("job", r"i (?P<v>(?!do )\w.+?) for a living"),
         ("job", r"my (?:job|profession|occupation|work) is (?:to |being )?(?P<v>.+)"),
         ("job", r"i (?:work|am working) (?:at|in|for|from) .+? as (?P<v>.+)"),
-        ("job", r"i (?:have been working|am working|work|have) an? (?P<v>(?!new|part|full|second|good|great|bad|nice)\w+(?: \w+)?) job\b.*"),
+        ("job", (r"i (?:have been working|am working|work|have) an? (?P<v>(?!new|part|full|second|good|great|"
+                r"bad|nice)\w+(?: \w+)?) job\b.*")),
         ("job", r"i am in the (?P<v>(?:\w+ )?(?:army|navy|military|marines|air force))\b.*"),
-        ("workplace", (rf"i {_NEGATIVE}(?:work|am working|am employed|(?:got|have|started) a (?:new |part time |full time )?job(?: working)?)"
+        ("workplace", (rf"i {_NEGATIVE}(?:work|am working|am employed|(?:got|have|started) a (?:new |part "
+                       rf"time |full time )?job(?: working)?)"
                       r"(?: part time| full time| full-time| fulltime)? (?:at|in|for|by|on) (?P<v>.+)")),
-        ("job status", r"i (?:am|have been|was) (?P<neg>not )?(?P<v>retired|unemployed|jobless|out of work|self employed|between jobs)\b.*"),
-        ("school", r"i (?:am|go) (?:in|to|attend) (?:my .+ (?:in|of) )?(?P<v>(?:\w+ )?(?:school|college|university|grade|kindergarten|preschool))\b.*"),
+        ("job status", (r"i (?:am|have been|was) (?P<neg>not )?(?P<v>retired|unemployed|jobless|out of work|"
+                       r"self employed|between jobs)\b.*")),
+        ("school", (r"i (?:am|go) (?:in|to|attend) (?:my .+ (?:in|of) )?(?P<v>(?:\w+ )?(?:school|college|"
+                   r"university|grade|kindergarten|preschool))\b.*")),
         ("school", r"i am an? (?P<v>(?:\w+ ){1,3}student|student|freshman|sophomore|junior|senior)\b.*"),
         ("study", r"i am an? (?P<v>(?:\w+ ){1,2})major\b.*"),
-        ("study", r"i (?:am studying|study|am majoring in|major in|am learning)(?: (?:to (?:be|become)|about|how to))? (?P<v>.+)"),
-        ("marital status", (r"i (?:am|have been) (?P<neg>not )?(?:(?:getting|happily|newly|planning on getting an?|going through an?|recently|to be) )?"
+        ("study", (r"i (?:am studying|study|am majoring in|major in|am learning)(?: (?:to (?:be|become)|about|"
+                  r"how to))? (?P<v>.+)")),
+        ("marital status", (r"i (?:am|have been) (?P<neg>not )?(?:(?:getting|happily|newly|planning on getting "
+                        r"an?|going through an?|recently|to be) )?"
                            r"(?P<v>married|single|divorced?|engaged|widowed|separated)(?! \w+ (?:child|parent))\b.*")),
-        ("job", rf"i (?:am|was) (?P<neg>not )?(?:an? |the )?(?P<v>(?:[\w']+ ){{0,3}}?(?:{'|'.join(JOBS)})|professional [\w ]+?)(?: (?:at|in|for|from|by|on|of|and|with|as) .*)?"),
+        ("job", (rf"i (?:am|was) (?P<neg>not )?(?:an? |the )?(?P<v>(?:[\w']+ ){{0,3}}?(?:{'|'.join(JOBS)})|"
+                rf"professional [\w ]+?)(?: (?:at|in|for|from|by|on|of|and|with|as) .*)?")),
         ("diet", rf"i (?:am|eat|follow|keep) (?P<neg>not )?(?:an? )?(?:strict )?(?P<v>{_DIETS})\b.*"),
         ("faith", rf"i (?:am|was raised|was born) (?P<neg>not )?(?:an? )?(?:devout |strict )?(?P<v>{_FAITHS})\b.*"),
-        ("gender", r"i am (?:an? )(?:\w+ ){0,3}?(?P<v>boy|girl|man|woman|male|female|guy|lady|dad|mom|father|mother|grandmother|grandfather)\b.*"),
+        ("gender", (r"i am (?:an? )(?:\w+ ){0,3}?(?P<v>boy|girl|man|woman|male|female|guy|lady|dad|mom|father|"
+                   r"mother|grandmother|grandfather)\b.*")),
         ("language", r"i (?:can )?(?:speak|am fluent in) (?P<v>.+)"),
         ("hair", r"i have (?:[\w ]+? (?:eyes|skin) (?:and|with) )?(?P<v>(?!my\b)\w+(?: \w+){0,3}?) hair\b.*"),
         ("hair", r"my hair is (?P<v>.+)"),
@@ -373,21 +399,33 @@ _CLAIMS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("allergy", r"i (?:am|have an?) (?P<neg>not )?allerg(?:ic|y) to (?P<v>.+)"),
         ("fear", r"i (?:am|was) (?P<neg>not )?(?:\w+ )?(?:afraid|scared|terrified|frightened) (?:of|by) (?P<v>.+)"),
         ("fear", r"i fear (?P<v>.+)"),
-        ("like", (r"i (?P<neg>hate|dislike|despise|detest|loathe|can not stand|do not (?:like|enjoy|love|care for)|am not (?:into|interested in|a fan of))"
-                 rf"(?: (?P<ask>to \w+{_PREPOSITION}?|\w{{2,}}ing{_PREPOSITION}?)(?= (?!and |or |with |at |in |for |on |out )\w))? (?P<v>.+)")),
-        ("like", (r"i (?:love|like|enjoy|adore|am (?:\w+ )?(?:interested in|into|fond of|passionate about|obsessed with|crazy about|addicted to|an? (?:\w+ )?fan of)|"
+        ("like", (r"i (?P<neg>hate|dislike|despise|detest|loathe|can not stand|do not (?:like|enjoy|love|"
+                  r"care for)|am not (?:into|interested in|a fan of))"
+                 rf"(?: (?P<ask>to \w+{_PREPOSITION}?|\w{{2,}}ing{_PREPOSITION}?)(?= (?!and |or |with |at |"
+                 rf"in |for |on |out )\w))? (?P<v>.+)")),
+        ("like", (r"i (?:love|like|enjoy|adore|am (?:\w+ )?(?:interested in|into|fond of|passionate about|"
+                  r"obsessed with|crazy about|addicted to|an? (?:\w+ )?fan of)|"
                  r"have an? (?:\w+ )?(?:weakness|passion|love|thing) for|would rather|prefer)"
-                 rf"(?: (?P<ask>to \w+{_PREPOSITION}?|(?!being|something|anything|everything|nothing|king|morning|evening|spring|string|wedding)\w{{2,}}ing{_PREPOSITION}?)(?= (?!and |or |with |at |in |for |on |out )\w))? (?P<v>.+)")),
-        ("like", r"i am an? (?:(?:huge|big|avid|total|true|real|massive) )*(?P<v>\w+(?: \w+)?) (?:lover|fan|enthusiast|addict|fanatic|junkie|buff)"),
-        ("want", r"i (?P<neg>do not )?(?:want|hope|wish|plan|would like|would love|aspire|am planning|am hoping|dream)(?: (?:to be|to become|of being|to|of|on|about|for))? (?P<v>.+)"),
+                 rf"(?: (?P<ask>to \w+{_PREPOSITION}?|(?!being|something|anything|everything|nothing|king|"
+                 rf"morning|evening|spring|string|wedding)\w{{2,}}ing{_PREPOSITION}?)(?= (?!and |or |with |"
+                 rf"at |in |for |on |out )\w))? (?P<v>.+)")),
+        ("like", (r"i am an? (?:(?:huge|big|avid|total|true|real|massive) )*(?P<v>\w+(?: \w+)?) (?:lover|fan|"
+                 r"enthusiast|addict|fanatic|junkie|buff)")),
+        ("want", (r"i (?P<neg>do not )?(?:want|hope|wish|plan|would like|would love|aspire|am planning|am "
+                 r"hoping|dream)(?: (?:to be|to become|of being|to|of|on|about|for))? (?P<v>.+)")),
         ("want", r"my (?:biggest )?(?:dream|goal)(?: in life| job)? is (?:to be |to |being )?(?P<v>.+)"),
-        ("number of {n}", rf"i (?:have|own|have got|got)(?: (?:about|over|around|only))? (?P<v>(?:{NUMBER})(?: [\w-]+){{0,2}}? (?P<n>[\w-]+))(?: (?:in|at|from|on|by) .*)?"),
-        ("have", r"i (?P<neg>do not have|do not own|have no|have zero|have never had|never had|did not have)(?: any| an?)? (?P<v>.+)"),
+        ("number of {n}", (rf"i (?:have|own|have got|got)(?: (?:about|over|around|only))? (?P<v>(?:{NUMBER})(?: "
+                        rf"[\w-]+){{0,2}}? (?P<n>[\w-]+))(?: (?:in|at|from|on|by) .*)?")),
+        ("have", (r"i (?P<neg>do not have|do not own|have no|have zero|have never had|never had|did not have)"
+                 r"(?: any| an?)? (?P<v>.+)")),
         ("have", r"i (?:have|own|have got|got|keep) (?P<v>.+)"),
-        ("did {n}", rf"i have (?P<neg>never |not )?(?P<n>(?:visited|met|won|been(?: to)|traveled|lived|written|seen|had|lost|owned){_PREPOSITION}?) (?P<v>(?!been)\w.*)"),
+        ("did {n}", (rf"i have (?P<neg>never |not )?(?P<n>(?:visited|met|won|been(?: to)|traveled|lived|"
+                    rf"written|seen|had|lost|owned){_PREPOSITION}?) (?P<v>(?!been)\w.*)")),
         ("can", r"i (?:can|am able to) (?P<neg>not )?(?P<v>.+)"),
-        ("my {n}", rf"my (?P<n>(?:(?:older|younger|little|big|late|favorite|ex|twin|best|step) )*(?:{_FAMILY})) (?:is|are|was|were) (?P<neg>not )?(?P<v>.+)"),
-        ("my {n}", rf"my (?P<n>(?:(?:older|younger|little|big|late|ex|twin|best|step) )*(?:{_FAMILY})) (?P<neg>(?:does|do|did) not |never )?(?P<v>(?!and )\w+ .+)"),
+        ("my {n}", (rf"my (?P<n>(?:(?:older|younger|little|big|late|favorite|ex|twin|best|step) )"
+                   rf"*(?:{_FAMILY})) (?:is|are|was|were) (?P<neg>not )?(?P<v>.+)")),
+        ("my {n}", (rf"my (?P<n>(?:(?:older|younger|little|big|late|ex|twin|best|step) )*(?:{_FAMILY})) "
+                   rf"(?P<neg>(?:does|do|did) not |never )?(?P<v>(?!and )\w+ .+)")),
         ("my {n}", r"my (?P<n>(?!favorite)\w+(?: \w+)?) (?:is|are|was|were) (?P<neg>not )?(?P<v>.+)"),
         ("do", r"i do (?P<v>(?!not\b).+)"),
         ("be", r"i am (?P<neg>not )?(?P<v>(?!going|not|on my|here|the one)\w.*)"),
@@ -431,7 +469,7 @@ def parse_claim(sentence: str) -> Claim | None:
     relative = _RELATIVE.search(text)
     if relative:
         text = text[: relative.start()]
-        # "i have no family that i am close to": what is left of a denial would deny too much
+        # "i have no friends that i trust": what is left of a denial would deny too much
         if re.search(r"\b(?:no|not|never|zero|few)\b", text):
             return None
     for slot, form in _CLAIMS:

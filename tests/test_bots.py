@@ -23,10 +23,10 @@ FEARS = ("thunder", "spiders", "heights", "wasps", "lifts", "clowns")
 HATED = ("queues", "fog", "mondays", "onions", "ironing", "traffic")
 
 
-def personas() -> dict[str, list[str]]:
-    """Thirty characters in free English, no two of them alike."""
+def personas(count: int = 20) -> dict[str, list[str]]:
+    """Characters in free English."""
     made = {}
-    for number in range(30):
+    for number in range(count):
         draw = random.Random(number).choice
         made[f"p{number}"] = [
             f"I have {draw(PETS)}.",
@@ -51,7 +51,7 @@ def check(rows):
 
 def test_ladder_on_written_personas():
     rows, coverage = probes_of(personas(), seed=0)
-    assert coverage["facts"] == 30 * 7 and coverage["scorable"] > 0.95 * 210  # some find no foil without a shared word
+    assert coverage["facts"] == 20 * 7 and coverage["scorable"] > 0.95 * 140  # some find no foil without a shared word
     assert max(check(rows).values()) == 0
 
 
@@ -61,14 +61,14 @@ def test_ladder_on_real_personas(name):
     if not path.is_file():
         pytest.skip(f"{path} is not there")
     different = list(dict.fromkeys(tuple(row["persona"]) for row in read(path, [])))
-    chosen = random.Random(0).sample(different, 40)
+    chosen = random.Random(0).sample(different, 30)
     rows, coverage = probes_of({str(number): list(persona) for number, persona in enumerate(chosen)}, seed=0)
-    assert coverage["scorable"] > 60 and len(rows) > 500
+    assert coverage["scorable"] > 40 and len(rows) > 300
     check(rows)
 
 
 def test_single_metrics_are_won_and_the_headline_is_not():
-    rows, _ = probes_of(personas(), seed=0)
+    rows, _ = probes_of(personas(6), seed=0)
     parts = {
         name: {row["kind"]: row["value"] for row in result["breakdown"] if row["turn"] == row["split"] == "all"}
         for name, result in ladder(rows, num_resamples=50).items()

@@ -10,7 +10,7 @@ from rlhf.facts import parse_claim
 PERSONAS = {
     "a": ["i have two dogs .", "i live in oslo .", "i like to bake bread .", "i am a nurse ."],
     "b": ["i have three cats .", "i live in rome .", "i like to bake cakes .", "i am not a vegan ."],
-    "c": ["i own one horse .", "i live in a town near rome .", "i am a night nurse .", "zzz ."],
+    "c": ["i own one horse .", "i live in rome now .", "i am a night nurse .", "zzz ."],
 }
 
 
@@ -47,7 +47,7 @@ def test_questions_by_hand():
 def test_foils_share_no_word_with_the_persona():
     # "bread" is baked by persona a, whose value for b's slot it is; b says nothing of bread
     assert {row["foil"] for row in rows_of(persona_id="b", slot="like", kind="false_suggestion")} == {"bread"}
-    # c mentions rome: nobody may suggest rome to it
+    # c lives in rome too
     assert {row["foil"] for row in rows_of(persona_id="c", slot="home", kind="false_suggestion")} == {"oslo"}
 
 
