@@ -76,17 +76,14 @@ _EXCLUSION = {
 _FAVOURITE = 0.85
 _PLACES = ("birthplace", "childhood home", "origin", "home")
 _KINDS_OF_PLACE = lemmas(
-    "house apartment flat city town country countryside farm suburbs suburb village community area island "
-    "beach mountains "
-    "cabin condo trailer state cloud ocean lake household family"
+    "house apartment flat city town country countryside farm suburbs suburb village community area island beach "
+    "mountains cabin condo trailer state cloud ocean lake household family"
 )
 _IN_AMERICA = lemmas(
-    "alabama alaska arizona arkansas california colorado connecticut delaware florida georgia hawaii idaho illinois "
-    "indiana iowa kansas kentucky louisiana maine maryland massachusetts michigan minnesota mississippi "
-    "missouri montana "
-    "nebraska nevada ohio oklahoma oregon pennsylvania tennessee texas utah vermont virginia washington "
-    "wisconsin wyoming "
-    "manhattan chicago boston seattle york jersey carolina dakota"
+    "alabama alaska arizona arkansas california colorado connecticut delaware florida georgia hawaii idaho "
+    "illinois indiana iowa kansas kentucky louisiana maine maryland massachusetts michigan minnesota mississippi "
+    "missouri montana nebraska nevada ohio oklahoma oregon pennsylvania tennessee texas utah vermont virginia "
+    "washington wisconsin wyoming manhattan chicago boston seattle york jersey carolina dakota"
 )
 _AMERICA = lemmas("united states america")
 # "i have", in whatever wording: a denial of one is held against the others.

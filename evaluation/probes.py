@@ -197,7 +197,7 @@ def why(probe: Mapping[str, Any], reply: str) -> str:
     Args:
         probe: a row with `kind`, `value`, `foil`, `slot`, `slot_values`, `persona_values` and `persona`. It may have
             `exclusive` (True: naming any other of `slot_values` is wrong; False: naming the foil is wrong, another one
-            is a fact that nobody asked for) and `dislike` (False).
+            is a fact that nobody asked for), `dislike` (False) and `fact` (the sentence that is asked for).
 
     Raises:
         ValueError: when `kind` is not known.
@@ -209,7 +209,9 @@ def why(probe: Mapping[str, Any], reply: str) -> str:
     dislike = probe.get("dislike", False)
     others = {*probe["slot_values"], *([foil] if foil else [])} - {value}
     unasked = {told for slot, told in probe["persona_values"].items() if slot != probe["slot"]} - others - {value}
-    spoken = mentions(reply, [*([value] if value else []), *others, *unasked], probe["persona"], dislike)
+    # What the fact itself says is no aversion or wrong number; where the row does not name it, what the persona says.
+    known = [probe["fact"]] if probe.get("fact") else probe["persona"]
+    spoken = mentions(reply, [*([value] if value else []), *others, *unasked], known, dislike)
     right = spoken.get(value, Mention(False, False, False))
     right = right._replace(asserted=right.asserted or (kind != "absent" and _short_answer(reply, value)))
 

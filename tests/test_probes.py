@@ -192,9 +192,59 @@ def test_values_of_several_words_and_aversions():
     assert "fish" in mentions("i keep a fish .", ["fish", "gold fish"])
     hater = {"persona": ["i hate spiders ."], "slot": "fear", "value": "spiders", "slot_values": ["spiders", "snakes"]}
     assert score_reply(probe("direct", **hater), "i hate spiders .")
+    # The fact that is asked for says what is no aversion, not the whole persona.
+    both = {"persona": ["i have a dog .", "i hate spiders ."], "fact": "i have a dog ."}
+    assert score_reply(probe("direct", **both), "i have a dog .")
+    assert not score_reply(probe("direct", **both), "i hate my dog .")
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("i hate clowns .", True), ("clowns .", True), ("i do not like clowns .", True),
+        ("i can not stand clowns .", True), ("i love clowns .", False), ("i do not hate clowns .", False),
+        ("i hate snakes .", False),
+    ],
+)  # fmt: skip
+def test_dislikes(reply, right):
+    hated = {"fact": "i hate clowns .", "slot": "like", "value": "clowns", "slot_values": ["clowns", "snakes"]}
+    assert score_reply(probe("direct", persona=["i hate clowns ."], dislike=True, **hated), reply) is right
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("i have three dogs .", True), ("3 big dogs !", True), ("three .", True), ("two dogs .", False),
+        ("i have five dogs .", False), ("dogs .", False), ("three cats .", False),
+    ],
+)  # fmt: skip
+def test_numbers(reply, right):
+    three = {"persona": ["i have three dogs ."], "value": "three dogs", "slot": "number of dog"}
+    assert score_reply(probe("direct", **three, slot_values=["two dogs"]), reply) is right
+    assert not score_reply(probe("true_suggestion", **three, slot_values=["two dogs"]), "yes , i have five dogs .")
+
+
+def test_denials_that_reach_far():
+    assert not score_reply(probe("direct"), "it is not true that in those days i had a dog .")
+    assert not score_reply(probe("direct"), "i do not want to keep or to have a dog .")
+
+
+def test_two_dogs():
     twins = {"persona": ["i have two dogs ."]}
     assert score_reply(probe("direct", **twins), "i have two dogs .")
     assert not score_reply(probe("direct", **twins), "i have three dogs .")
+
+
+def test_open_slots():
+    liked = {"slot": "like", "value": "rye bread", "foil": None, "slot_values": ["rye bread", "tea", "rum"],
+             "persona_values": {"like": "rye bread"}, "persona": ["i like rye bread ."]}  # fmt: skip
+    closed, opened = probe("direct", **liked), probe("direct", **liked, exclusive=False)
+    assert not score_reply(closed, "rye bread , and i like tea .")
+    assert score_reply(opened, "rye bread , and i like tea .")  # one unasked thing is conversation
+    assert not score_reply(opened, "rye bread , and i like tea and rum .")
+    assert score_reply(opened, "bread of rye is what i like .") and not score_reply(opened, "bread .")
+    suggested = probe("false_suggestion", **{**liked, "foil": "tea"}, exclusive=False)
+    assert not score_reply(suggested, "no , i like rye bread and tea .")
 
 
 def test_clauses():
