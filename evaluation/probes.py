@@ -210,8 +210,8 @@ def why(probe: Mapping[str, Any], reply: str) -> str:
     others = {*probe["slot_values"], *([foil] if foil else [])} - {value}
     unasked = {told for slot, told in probe["persona_values"].items() if slot != probe["slot"]} - others - {value}
     # What the fact itself says is no aversion or wrong number; where the row does not name it, what the persona says.
-    known = [probe["fact"]] if probe.get("fact") else probe["persona"]
-    spoken = mentions(reply, [*([value] if value else []), *others, *unasked], known, dislike)
+    excused = [probe["fact"]] if probe.get("fact") else probe["persona"]
+    spoken = mentions(reply, [*([value] if value else []), *others, *unasked], excused, dislike)
     right = spoken.get(value, Mention(False, False, False))
     right = right._replace(asserted=right.asserted or (kind != "absent" and _short_answer(reply, value)))
 
