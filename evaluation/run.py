@@ -20,7 +20,7 @@ from trl import ModelConfig
 from evaluation.bots import NAMES as RULES
 from evaluation.bots import bots
 from evaluation.fact_probes import probes_of
-from evaluation.intervals import cluster_bootstrap
+from evaluation.intervals import cluster_bootstrap, rate_interval
 from evaluation.nli import NLI, c_scores, load_nli
 from evaluation.perplexity import dialogue_nats, perplexity_intervals, reply_nll
 from evaluation.probes import persona_consistency, score_reply
