@@ -45,18 +45,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a sub-command; what the user can mend ends in a message and status 2."""
+    """Run a sub-command; an error ends in a message and status 2, its traceback stands in the stage's training.log."""
     arguments = make_parser().parse_args(argv)
     try:
         arguments.command(arguments)
-    except (ValueError, OSError) as error:  # the traceback is in the stage's training.log
+    except ConfigError as error:
         exit_with(error)
-    except RuntimeError as error:
-        from rlhf.record import RunError  # not at the top: it imports torch
+    except Exception as error:
+        from rlhf.record import exit_or_raise  # not at the top: it imports torch
 
-        if not isinstance(error, RunError):
-            raise
-        exit_with(error)
+        exit_or_raise(error)
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -232,7 +232,7 @@ def _start(step: Step, resume: str | None) -> None:
     gpus = num_gpus(values_of(step.configs))
     script = Path(importlib.import_module(MODULES[step.stage]).__file__ or "")
     kind = ["--multi_gpu"] if gpus > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", *kind, "--num_processes", str(gpus)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *kind, "--num_processes", str(gpus)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(script), *argv]
     logger.info("%s", " ".join(command))
     if subprocess.run(command, check=False).returncode:

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
-from rlhf.config import exit_with, parse, save, values_of
+from rlhf.config import ConfigError, exit_with, parse, save, values_of
 from rlhf.files import folder_hash, git_commit, versions, write_json, write_text
 from rlhf.model import hardware
 
@@ -87,7 +87,11 @@ def stage(
     except BaseException as error:
         record["status"] = "failed"
         record["error"] = f"{type(error).__name__}: {error}"[:500]
-        logger.error("%s", record["error"], exc_info=not isinstance(error, RunError))
+        trace = None if isinstance(error, RunError) else sys.exc_info()
+        # To the file alone: the console gets the message from whoever catches the error.
+        handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, record["error"], (), trace))
+        if trace:
+            error.add_note(f"The traceback is in {folder / 'training.log'}.")
         raise
     finally:
         seconds = time.perf_counter() - began
@@ -111,11 +115,23 @@ def stage(
 def launch(
     main: Callable[..., None], config_classes: Sequence[type], stage_name: str, argv: Sequence[str] | None = None
 ) -> None:
-    """Run a script: parse the command line, call `main`; what the user can mend ends in a message, not a traceback."""
+    """Run a script: parse the command line, call `main`; an error ends in a message, as [`exit_or_raise`] has it."""
     try:
         main(*parse(config_classes, argv, stage_name))
-    except (RunError, ValueError, OSError) as error:  # the traceback is in training.log
-        exit_with(error)
+    except Exception as error:
+        exit_or_raise(error)
+
+
+def exit_or_raise(error: Exception) -> NoReturn:
+    """End the process with the error's message and status 2, where its traceback stands in a log or is of no use.
+
+    A defect outside of any stage has no log, so it is raised again.
+    """
+    notes = getattr(error, "__notes__", [])  # from `stage`: where the traceback is
+    if not (notes or isinstance(error, RunError | ValueError | OSError)):
+        raise error
+    name = "" if isinstance(error, RunError | ConfigError) else f"{type(error).__name__}: "
+    exit_with(RunError("\n".join([f"{name}{error}", *notes])))
 
 
 def check_world_size(args: TrainingArguments) -> None:
@@ -245,7 +261,7 @@ def _log_to(path: Path, level: str, main: bool) -> logging.Handler:
     root.setLevel(level.upper() if main else logging.ERROR)
     if not any(type(handler) is logging.StreamHandler for handler in root.handlers):
         root.addHandler(logging.StreamHandler())
-    handler: logging.Handler = logging.FileHandler(path) if main else logging.NullHandler()
+    handler = logging.FileHandler(path, delay=not main)  # the other processes write there what they fail of
     for each in (*root.handlers, handler):
         each.setFormatter(logging.Formatter(LOG_FORMAT))
     root.addHandler(handler)
