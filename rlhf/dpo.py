@@ -86,9 +86,8 @@ def main(
         seed=training_args.seed,
         log_level=training_args.log_level,
         parents={"prepare": data_args.dataset, "sft": parents.sft_adapter},
+        preflight=lambda: preflight("dpo", (data_args, pair_args, parents, training_args, model_args)),
     ) as record:
-        preflight("dpo", (data_args, pair_args, parents, training_args, model_args))
-
         # Tokenizer and base
         tokenizer = load_tokenizer(model_args.model_name_or_path)
         model = load_base(model_args, tokenizer)

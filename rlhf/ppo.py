@@ -48,9 +48,8 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig,
         seed=training_args.seed,
         log_level=training_args.log_level,
         parents={name: folder for name, folder in folders.items() if folder},
+        preflight=lambda: preflight("ppo", (data_args, parents, training_args, model_args)),
     ) as record:
-        preflight("ppo", (data_args, parents, training_args, model_args))
-
         # Tokenizer and base
         tokenizer = load_tokenizer(model_args.model_name_or_path)
         model = load_base(model_args, tokenizer)

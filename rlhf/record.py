@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +38,7 @@ def stage(
     seed: int,
     log_level: str = "info",
     parents: Mapping[str, str | Path] | None = None,
+    preflight: Callable[[], object] = lambda: None,
     rate_per_gpu_hour: float = 0.35,
 ) -> Iterator[dict[str, Any]]:
     """Run a stage inside its folder: log file, `config.yaml` and `metadata.json` are written and kept true.
@@ -48,6 +50,8 @@ def stage(
         seed: Of the run.
         log_level: Level of the console and of `training.log`.
         parents: The folders this stage reads, by stage name; each is named in the record with its hash.
+        preflight: Raises a RunError where the stage is not fit to start. Called before anything is written, so that a
+            stage that is refused leaves the folder as it was.
         rate_per_gpu_hour: In dollars, for the cost of the stage.
 
     Yields:
@@ -59,11 +63,16 @@ def stage(
     folder = Path(output_dir)
     base = values_of(configs).get("model_name_or_path")
     links = {key: _parent(key, Path(path), folder, base) for key, path in (parents or {}).items()}
-    folder.mkdir(parents=True, exist_ok=True)  # from here on: a refused stage leaves what was there as it was
     main = PartialState().is_main_process
-    set_seed(seed)  # before a model is loaded: a new score head is random
-    handler = _log_to(folder / "training.log", log_level, main)
     began = time.perf_counter()
+    early = _log(log_level, main)
+    try:
+        preflight()
+    finally:
+        logging.getLogger().removeHandler(early)
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = _log_to(folder / "training.log", early, main)
+    set_seed(seed)  # before a model is loaded: a new score head is random
     _forget_peak_memory()
     record: dict[str, Any] = {
         "stage": name,
@@ -118,7 +127,7 @@ def launch(
     """Run a script: parse the command line, call `main`; an error ends in a message, as [`exit_or_raise`] has it."""
     try:
         main(*parse(config_classes, argv, stage_name))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the outermost call, which raises again what it cannot tell
         exit_or_raise(error)
 
 
@@ -253,20 +262,30 @@ def _peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-def _log_to(path: Path, level: str, main: bool) -> logging.Handler:
-    """Log to the console (the main process alone) and append to `path`, with time and level."""
+def _log(level: str, main: bool) -> MemoryHandler:
+    """Log to the console with time and level, the main process alone; what is logged is kept for the log file."""
     root = logging.getLogger()
     # Two words of the Trainer's: "as the application has it", and one level below debug.
     level = {"passive": "info", "detail": "debug"}.get(level, level)
     root.setLevel(level.upper() if main else logging.ERROR)
     if not any(type(handler) is logging.StreamHandler for handler in root.handlers):
         root.addHandler(logging.StreamHandler())
-    handler = logging.FileHandler(path, delay=not main)  # the other processes write there what they fail of
-    for each in (*root.handlers, handler):
+    for each in root.handlers:
         each.setFormatter(logging.Formatter(LOG_FORMAT))
-    root.addHandler(handler)
     for noisy in ("httpx", "datasets", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    kept = MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1)
+    root.addHandler(kept)
+    return kept
+
+
+def _log_to(path: Path, kept: MemoryHandler, main: bool) -> logging.Handler:
+    """Append to the log file what is logged from now on, behind what was kept until now."""
+    handler = logging.FileHandler(path, delay=not main)  # the other processes write there what they fail of
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    kept.setTarget(handler)
+    kept.close()
+    logging.getLogger().addHandler(handler)
     return handler
 
 

@@ -94,9 +94,8 @@ def main(data_args: DataConfig, pair_args: PairConfig, training_args: RewardConf
         seed=training_args.seed,
         log_level=training_args.log_level,
         parents={"prepare": data_args.dataset},
+        preflight=lambda: preflight("reward", (data_args, pair_args, training_args, model_args)),
     ) as record:
-        preflight("reward", (data_args, pair_args, training_args, model_args))
-
         # Tokenizer and base
         tokenizer = load_tokenizer(model_args.model_name_or_path)
         model = load_base(model_args, tokenizer, reward=True)

@@ -55,11 +55,11 @@ def main(data_args: DataConfig, plan_args: PlanConfig, training_args: SFTConfig,
         seed=training_args.seed,
         log_level=training_args.log_level,
         parents={"prepare": data_args.dataset},
+        preflight=lambda: preflight("sft", (data_args, plan_args, training_args, model_args)),
     ) as record:
         if plan := plan_of((data_args, plan_args, training_args, model_args)):
             logger.info("The plan by size, for %d examples:\n%s", plan.num_examples, plan.table())
             record["plan"] = asdict(plan)
-        preflight("sft", (data_args, plan_args, training_args, model_args))
 
         # Tokenizer and base
         tokenizer = load_tokenizer(model_args.model_name_or_path)

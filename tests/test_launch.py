@@ -92,7 +92,9 @@ def test_a_failure_in_mid_training_is_a_message(tiny_llama, dataset, tmp_path):
     keys = {**KEYS, "model_name_or_path": tiny_llama, "dataset": dataset, "output_dir": "sft", "max_steps": 1}
     keys |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_foo", "eval_steps": 1, "save_steps": 1}
     command = [sys.executable, str(ROOT / "rlhf" / "sft.py"), *(f"--{key}={value}" for key, value in keys.items())]
-    ended = subprocess.run(command, cwd=tmp_path, env={**os.environ, **ENV}, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **ENV}, capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 2 and ended.stderr.count("Traceback") == 0
     error, where = ended.stderr.splitlines()[-2:]
     assert error.startswith("error: KeyError") and "eval_foo" in error

@@ -78,6 +78,23 @@ def test_a_refused_parent_leaves_what_was_there(spoil, message, dataset, tmp_pat
     assert not any(type(handler) is logging.FileHandler for handler in logging.getLogger().handlers)
 
 
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo"])
+def test_a_stage_that_is_not_fit_to_start_leaves_what_was_there(name, sft_run, train, tiny_llama, dataset, tmp_path):
+    """A recipe's own script, started over a finished run with a setting that the pre-flight list refuses."""
+    run_stage(tmp_path / name)
+    before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    keys = {"sft_adapter": sft_run.folder} if name in ("dpo", "ppo") else {}
+    keys |= {"reward_function": "rlhf.rewards:persona_rule"} if name == "ppo" else {}
+    with pytest.raises(RunError, match="not fit to start"):
+        train(name, tmp_path / name, max_length=4, model_name_or_path=tiny_llama, dataset=dataset, **keys)
+    assert {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} == before
+
+
+def test_the_preflight_list_stands_in_the_log(sft_run):
+    log = (sft_run.folder / "training.log").read_text()
+    assert log.count("check mask      passed") == 1
+
+
 def test_a_stale_parent_is_refused(dataset, tmp_path):
     """SFT was made from data that has since been made anew."""
     data, sft = tmp_path / "prepare", tmp_path / "sft"
