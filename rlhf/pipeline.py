@@ -1,11 +1,13 @@
 """`rlhf run`: the stages of a recipe in order, each skipped when its record says it is done."""
 
 import importlib
+import json
 import logging
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
+from safetensors import SafetensorError, safe_open
 
 from evaluation.report import write_report
 from rlhf.config import STAGES, ConfigError, dumps, load_recipe, num_gpus, parse, values_of
@@ -206,10 +208,55 @@ def _state(step: Step) -> tuple[str | None, str | None]:
         return "runs anew: its files are not those it made; they move to " + _set_aside(step.folder), None
     if (step.folder / "checkpoint.pt").is_file():
         return "goes on from checkpoint.pt: it was interrupted", None
-    checkpoint = get_last_checkpoint(str(step.folder))
+    checkpoint, damaged = _last_whole_checkpoint(step.folder)
+    left_out = "".join(f"; {fault}, so it is left out" for fault in damaged)
     if checkpoint is None:
-        return f"runs again: it stopped before its first checkpoint (status {record['status']!r})", None
-    return f"goes on from {Path(checkpoint).name}: it was interrupted", checkpoint
+        what = "it has no whole checkpoint" if damaged else "it stopped before its first checkpoint"
+        return f"runs again: {what} (status {record['status']!r}){left_out}", None
+    return f"goes on from {checkpoint.name}: it was interrupted{left_out}", str(checkpoint)
+
+
+def _last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that the Trainer can go on from, and what is wrong with those after it.
+
+    A process that is killed while it writes leaves a part of a checkpoint, and the Trainer would fail of it.
+    """
+    damaged = []
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        fault = _fault(checkpoint)
+        if fault is None:
+            return checkpoint, damaged
+        damaged.append(f"{checkpoint.name} {fault}")
+    return None, damaged
+
+
+def _fault(checkpoint: Path) -> str | None:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "has no trainer_state.json that can be read"
+    # DeepSpeed keeps the optimizer in a folder of its own, which it names in `latest`.
+    optimizer = () if (checkpoint / "latest").is_file() else ("optimizer.pt", "scheduler.pt")
+    for pattern in (*optimizer, "rng_state*.pth", "*model.safetensors", "*.safetensors"):
+        paths = list(checkpoint.glob(pattern))
+        if not paths:
+            return f"has no {pattern}"
+        for path in paths:
+            if not _is_whole(path):
+                return f"has a damaged {path.name}"
+    return None
+
+
+def _is_whole(path: Path) -> bool:
+    """By the end of the file, without loading it: torch writes zip archives, whose directory is at the end."""
+    if path.suffix != ".safetensors":
+        return zipfile.is_zipfile(path)
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def _without_resume(text: str) -> str:

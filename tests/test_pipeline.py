@@ -237,6 +237,64 @@ def test_stopped_before_its_first_checkpoint(go, tmp_path):
     assert "stopped before its first checkpoint" in go(until="sft")["sft"]
 
 
+def cut(name):
+    def spoil(checkpoint):
+        (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:-100])
+
+    return spoil
+
+
+def emptied(checkpoint):
+    (checkpoint / "trainer_state.json").write_text("")
+
+
+def without_optimizer(checkpoint):
+    (checkpoint / "optimizer.pt").unlink()
+
+
+@pytest.fixture
+def interrupted_sft(go, tmp_path):
+    """Killed after its last checkpoint."""
+    go(until="sft")
+    sft = tmp_path / "run" / "sft"
+    write_json(sft / "metadata.json", read_record(sft) | {"status": "running"})
+    return sft
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (emptied, "has no trainer_state.json that can be read"),
+        (without_optimizer, "has no optimizer.pt"),
+        (cut("optimizer.pt"), "has a damaged optimizer.pt"),
+        (cut("adapter_model.safetensors"), "has a damaged adapter_model.safetensors"),
+    ],
+)
+def test_a_torn_checkpoint_is_left_out(spoil, fault, interrupted_sft, go):
+    """The process was killed while it wrote one; the adapter comes out as from the whole training."""
+    sft = interrupted_sft
+    whole = weights(sft)
+    (sft / "adapter_model.safetensors").unlink()
+    spoil(sft / "checkpoint-4")
+    assert go(until="sft")["sft"] == (
+        f"goes on from checkpoint-2: it was interrupted; checkpoint-4 {fault}, so it is left out"
+    )
+    assert weights(sft) == whole and read_record(sft)["status"] == "done"
+
+
+def test_only_torn_checkpoints(interrupted_sft, go):
+    sft = interrupted_sft
+    whole = weights(sft)
+    for checkpoint in sft.glob("checkpoint-*"):
+        emptied(checkpoint)
+    said = go(until="sft")["sft"]
+    assert said.startswith(
+        "runs again: it has no whole checkpoint (status 'running'); checkpoint-4 has no trainer_state"
+    )
+    assert "checkpoint-2 has no trainer_state.json that can be read, so it is left out" in said
+    assert weights(sft) == whole and read_record(sft)["status"] == "done"
+
+
 def test_a_damaged_stage_is_made_anew(go, tmp_path):
     go(until="sft")
     adapter = tmp_path / "run" / "sft" / "adapter_model.safetensors"
