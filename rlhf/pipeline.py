@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,9 +19,10 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from evaluation.report import write_report
+from rlhf.check import FILES, preflight
 from rlhf.config import STAGES, ConfigError, dumps, load_recipe, num_gpus, parse, values_of
 from rlhf.files import folder_hash
-from rlhf.record import RunError, base_hash, read_record
+from rlhf.record import RunError, base_hash, movable, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,10 @@ MODULES = {
     "ppo": "rlhf.ppo",
     "evaluate": "evaluation.run",
 }
+
+ANEW = "runs anew"  # begins the reason where what was there has to make room
+# Settings that cannot change what a stage makes.
+BOOKKEEPING = ("output_dir", "resume_from_checkpoint", "log_level", "report_to", "run_name", "disable_tqdm")
 
 
 @dataclass
@@ -99,6 +105,10 @@ def run_step(step: Step, say: Callable[[str], None] = print) -> None:
     if reason is None:
         say(f"{name:9} done: {step.folder} is from these settings and inputs")
         return
+    if reason.startswith(ANEW):
+        if step.stage in FILES:
+            preflight(step.stage, step.configs)  # a stage that would be refused leaves the finished one in its place
+        reason += _set_aside(step.folder)
     say(f"{name:9} {reason}")
     _start(step, resume)
     record = read_record(step.folder)
@@ -193,19 +203,22 @@ def _state(step: Step) -> tuple[str | None, str | None]:
     record = read_record(step.folder)
     if record is None:
         return "runs: nothing was made yet", None
-    saved = step.folder / "config.yaml"
-    if not saved.is_file() or _without_resume(saved.read_text()) != _without_resume(dumps(step.configs)):
-        return "runs anew: its settings changed; what was there moves to " + _set_aside(step.folder), None
+    changes = _changes(step, record)
+    if changes:
+        more = f", and {len(changes) - 3} more" if len(changes) > 3 else ""
+        return f"{ANEW}: its settings changed ({', '.join(changes[:3])}{more})", None
+    values = values_of(step.configs)
     for name, parent in record["parents"].items():
-        if folder_hash(step.folder / parent["path"]) != parent["hash"]:
-            return f"runs anew: {name!r} changed; what was there moves to " + _set_aside(step.folder), None
-    base = next((config.model_name_or_path for config in step.configs if hasattr(config, "model_name_or_path")), None)
+        folder = (values.get("systems") or {}).get(name) or step.folder / parent["path"]
+        if folder_hash(folder) != parent["hash"]:
+            return f"{ANEW}: {name!r} changed", None
+    base = values.get("model_name_or_path")
     if base is not None and record.get("base_hash") != base_hash(base):
-        return "runs anew: the base's weights changed; what was there moves to " + _set_aside(step.folder), None
+        return f"{ANEW}: the base's weights changed", None
     if record["status"] == "done" and record.get("result_hash") in (None, folder_hash(step.folder)):
         return None, None
     if record["status"] == "done":
-        return "runs anew: its files are not those it made; they move to " + _set_aside(step.folder), None
+        return f"{ANEW}: its files are not those it made", None
     if (step.folder / "checkpoint.pt").is_file():
         return "goes on from checkpoint.pt: it was interrupted", None
     checkpoint, damaged = _last_whole_checkpoint(step.folder)
@@ -259,15 +272,35 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _without_resume(text: str) -> str:
-    return re.sub(r"^resume_from_checkpoint:.*\n", "", text, flags=re.MULTILINE)
+def _changes(step: Step, record: Mapping[str, Any]) -> list[str]:
+    """The settings that are not those of the record, as "ppo.kl_coef: 0.05 -> 0.1"."""
+    path = step.folder / "config.yaml"
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        saved = None
+    if not isinstance(saved, dict):
+        return [f"{path} cannot be read"]
+    now = yaml.safe_load(dumps(movable(step.configs, step.folder)))
+    for values in (saved, now):
+        for key in (*BOOKKEEPING, *(["model_name_or_path"] if record.get("base_hash") else [])):
+            values.pop(key, None)  # the base goes by its hash, where it has one
+        if values.get("systems"):  # their folders are parents, which go by their hashes
+            values["systems"] = {name: folder is not None for name, folder in values["systems"].items()}
+
+    def shown(values: Mapping[str, Any], key: str) -> str:
+        return textwrap.shorten(str(values[key]), 40, placeholder="...") if key in values else "not there"
+
+    keys = [key for key in {**saved, **now} if key not in saved or key not in now or saved[key] != now[key]]
+    return [f"{step.stage}.{key}: {shown(saved, key)} -> {shown(now, key)}" for key in keys]
 
 
 def _set_aside(folder: Path) -> str:
     previous = folder.with_name(folder.name + ".previous")
+    older = f" (the older {previous} is deleted)" if previous.exists() else ""
     shutil.rmtree(previous, ignore_errors=True)
     folder.rename(previous)
-    return str(previous)
+    return f"; what was there moves to {previous}{older}"
 
 
 def _start(step: Step, resume: str | None) -> None:

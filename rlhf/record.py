@@ -1,6 +1,8 @@
 """The record of a run: its folder, log file, resolved configuration, parents, time and cost."""
 
 import contextlib
+import copy
+import dataclasses
 import json
 import logging
 import os
@@ -17,7 +19,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
-from rlhf.config import ConfigError, exit_with, parse, save, values_of
+from rlhf.config import PATHS, ConfigError, exit_with, parse, save, values_of
 from rlhf.files import folder_hash, git_commit, versions, write_json, write_text
 from rlhf.model import hardware
 
@@ -89,7 +91,7 @@ def stage(
         record["data_hash"] = record["parents"]["prepare"]["hash"]
     try:
         if main:
-            save(configs, folder / "config.yaml")
+            save(movable(configs, folder), folder / "config.yaml")
             write_json(folder / "metadata.json", record)
         yield record
         record["status"] = "done"
@@ -202,6 +204,30 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     """The `metadata.json` of a stage's folder, or None where there is none."""
     path = Path(folder) / "metadata.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def movable(configs: Sequence[Any], folder: Path) -> list[Any]:
+    """Copies of the configurations with paths relative to `folder`, as a file that lies there is read.
+
+    So a folder says the same wherever its checkout lies and whatever the current directory was. `output_dir`, which
+    `rlhf.config` takes relative to the current directory, and paths inside of mappings stay.
+    """
+    copies = [copy.copy(config) for config in configs]
+    for config in copies:
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if not isinstance(value, str) or field.name == "output_dir":
+                continue
+            is_path = field.name in (*PATHS, "model_name_or_path") or bool(field.metadata.get("path"))
+            if value.startswith(("/", "./", "../", "runs/")) or (is_path and Path(value).exists()):
+                setattr(config, field.name, relative_to(value, folder))
+    return copies
+
+
+def relative_to(path: str | Path, folder: Path) -> str:
+    """The path as seen from `folder`, beginning with a dot, by which `rlhf.config` knows a path from a hub id."""
+    relative = os.path.relpath(path, folder)
+    return relative if relative.startswith("..") else f"./{relative}"
 
 
 def base_hash(base: str) -> str | None:

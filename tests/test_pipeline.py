@@ -9,9 +9,9 @@ import yaml
 from safetensors.torch import load_file
 
 import rlhf
-from rlhf.config import ConfigError, values_of
+from rlhf.config import ConfigError, parse, values_of
 from rlhf.files import read_jsonl, write_json
-from rlhf.pipeline import plan
+from rlhf.pipeline import config_classes, plan
 from rlhf.record import RunError, read_record
 
 ROOT = Path(__file__).parents[1]
@@ -177,11 +177,73 @@ def test_a_changed_key_makes_the_stage_and_those_after_it_anew(go, tmp_path):
     before = weights(run / "sft")
     again = go(until="dpo", **{"sft.learning_rate": 2e-2})
     assert again["prepare"].startswith("done") and again["reward"].startswith("done")
-    assert again["sft"].startswith("runs anew: its settings changed") and "nothing was made" in again["dpo"]
+    moved = f"what was there moves to {run / 'sft.previous'}"
+    assert again["sft"] == f"runs anew: its settings changed (sft.learning_rate: 0.01 -> 0.02); {moved}"
+    assert "nothing was made" in again["dpo"]
     assert weights(run / "sft") != before and weights(run / "sft.previous") == before
     third = go(until="dpo", **{"sft.learning_rate": 1e-2})  # the settings of DPO are as they were, but not its parent
-    assert third["sft"].startswith("runs anew: its settings") and third["dpo"].startswith("runs anew: 'sft' changed")
+    assert third["sft"].endswith(f"{moved} (the older {run / 'sft.previous'} is deleted)")
+    assert third["dpo"].startswith("runs anew: 'sft' changed")
     assert weights(run / "sft") == before and third["reward"].startswith("done")
+
+
+def test_at_most_three_changes_are_named(go):
+    go(until="sft")
+    keys = {f"sft.{key}": 5e-4 for key in ("adam_epsilon", "weight_decay", "learning_rate", "max_grad_norm")}
+    said = go(until="sft", **keys)["sft"]
+    assert said.count("-> 0.0005") == 3 and ", and 1 more); what was there moves" in said
+
+
+def test_what_cannot_change_the_result_is_no_change(go):
+    go(until="sft")
+    keys = {"log_level": "warning", "disable_tqdm": False, "run_name": "again", "report_to": "none"}
+    assert go(until="sft", **{f"sft.{key}": value for key, value in keys.items()})["sft"].startswith("done")
+
+
+def test_what_would_be_refused_leaves_the_finished_one_in_its_place(go, tmp_path):
+    go(until="sft")
+    before = weights(tmp_path / "run" / "sft")
+    with pytest.raises(RunError, match="'sft' is not fit to start"):
+        go(until="sft", **{"sft.max_length": 4})
+    assert weights(tmp_path / "run" / "sft") == before
+    assert go(until="sft")["sft"].startswith("done")
+
+
+def test_done_wherever_it_is_called_from_and_lies(recipe, tiny_llama, dataset, tmp_path, monkeypatch):
+    """An absolute output folder, a subfolder as the current directory, a checkout that was copied."""
+    checkout, copied = tmp_path / "checkout", tmp_path / "elsewhere" / "copy"
+    shutil.copytree(recipe, checkout / "recipes" / "small")
+    shutil.copytree(tiny_llama, checkout / "recipes" / "small" / "base")
+    shutil.copy(dataset / "dialogues_train.jsonl", checkout / "recipes" / "small" / "mine.jsonl")
+    for name, key, value in (
+        ("recipe", "model_name_or_path", "./base"),
+        ("evaluate_shared", "model_name_or_path", "./base"),
+        ("prepare", "path", "mine.jsonl"),
+        ("evaluate", "systems", {"sft": "runs/small/sft", "oracle": None}),
+    ):
+        path = checkout / "recipes" / "small" / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), key: value}))
+    for name in ("reward", "dpo", "ppo"):
+        (checkout / "recipes" / "small" / f"{name}.yaml").unlink()
+    (checkout / "sub").mkdir()
+
+    def said(cwd, recipe, output_dir=None):
+        lines = []
+        monkeypatch.chdir(cwd)
+        rlhf.run(recipe, output_dir=output_dir, say=lines.append)
+        return [line.split(maxsplit=1)[1][:4] for line in lines if not line.startswith("report")]
+
+    said(checkout, "recipes/small")
+    done = ["done"] * 3
+    assert said(checkout, "recipes/small") == done
+    assert said(checkout, "recipes/small", checkout / "runs" / "small") == done
+    assert said(checkout / "sub", "../recipes/small", "../runs/small") == done
+    shutil.copytree(checkout, copied)
+    shutil.rmtree(checkout)
+    assert said(copied, "recipes/small") == done
+    assert "/" not in yaml.safe_load((copied / "runs/small/sft/config.yaml").read_text())["dataset"].lstrip("./")
+    configs = parse(config_classes("sft"), ["--config", "runs/small/sft/config.yaml"], "sft")
+    assert values_of(configs)["model_name_or_path"] == str(copied / "recipes" / "small" / "base")
 
 
 def test_data_made_anew(go, tmp_path):
@@ -313,7 +375,6 @@ def test_another_base_at_the_same_path_makes_the_stage_anew(go, tmp_path):
 
 def test_missing_parent_names_the_command(recipe, tmp_path):
     """A stage alone, as its script is started."""
-    from rlhf.pipeline import config_classes, parse
     from rlhf.sft import main
 
     (step,) = [s for s in plan(recipe, False, None, tmp_path / "run", {}) if s.stage == "sft"]
