@@ -126,9 +126,9 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
             results["run"] |= {
                 **({"probe_coverage": coverage} if coverage else {}),
                 "system": name,
-                "adapter": folder,
+                "adapter": record["parents"][name]["path"] if folder else None,
                 "adapter_hash": record["parents"][name]["hash"] if folder else None,
-                "base": model_args.model_name_or_path,
+                "base": record["model_name_or_path"],
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "git_commit": record["git_commit"],
                 "versions": record["versions"],

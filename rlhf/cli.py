@@ -26,6 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk to a run or an adapter")
     chat.add_argument("adapter", type=Path, metavar="RUN|ADAPTER", help="a folder such as runs/demo/ppo")
     chat.add_argument("--fact", action="append", metavar="TEXT", help="a fact of the persona; may be repeated")
+    chat.add_argument("--model_name_or_path", metavar="BASE", help="where its base is, if it was moved")
     chat.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
     chat.add_argument("--max_new_tokens", type=int, default=64)
     chat.set_defaults(command=_chat)
@@ -107,7 +108,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     from rlhf.lora import with_adapter
     from rlhf.model import load_base, load_tokenizer
     from rlhf.persona import Persona, with_persona
-    from rlhf.record import RunError, read_record
+    from rlhf.record import RunError, base_of, read_record
 
     candidates = [arguments.adapter, *(arguments.adapter / stage for stage in ("ppo", "dpo", "sft"))]
     folder = next((path for path in candidates if (path / "adapter_config.json").is_file()), None)
@@ -115,8 +116,9 @@ def _chat(arguments: argparse.Namespace) -> None:
     if folder is None or record is None or "model_name_or_path" not in record:
         raise RunError(f"{arguments.adapter} is neither a run of a recipe nor a training stage of one.")
     print(f"adapter: {folder}")
-    tokenizer = load_tokenizer(record["model_name_or_path"])
-    model = load_base(ModelConfig(model_name_or_path=record["model_name_or_path"], dtype="auto"), tokenizer)
+    base = base_of(record, folder, arguments.model_name_or_path)
+    tokenizer = load_tokenizer(base)
+    model = load_base(ModelConfig(model_name_or_path=base, dtype="auto"), tokenizer)
     model = with_adapter(model, folder, "default")
     # An own card stands in prepare's record; its statements make the system message that was trained.
     facts = arguments.fact or _own_or_some_persona(folder / record["parents"]["prepare"]["path"])

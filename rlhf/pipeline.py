@@ -234,7 +234,7 @@ def _last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
     A process that is killed while it writes leaves a part of a checkpoint, and the Trainer would fail of it.
     """
-    damaged = []
+    damaged: list[str] = []
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         fault = _fault(checkpoint)

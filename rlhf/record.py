@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from logging.handlers import MemoryHandler
@@ -24,6 +25,9 @@ from rlhf.files import folder_hash, git_commit, versions, write_json, write_text
 from rlhf.model import hardware
 
 logger = logging.getLogger(__name__)
+
+# The record knows a base by its weights; PEFT goes by its path, which is another from each directory.
+warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -85,7 +89,7 @@ def stage(
         "versions": versions(),
         "hardware": {**hardware(), "processes": PartialState().num_processes},
         "parents": links,
-        **({"model_name_or_path": base, "base_hash": base_hash(base)} if base else {}),
+        **({"model_name_or_path": base_from(base, folder), "base_hash": base_hash(base)} if base else {}),
     }
     if "prepare" in record["parents"]:
         record["data_hash"] = record["parents"]["prepare"]["hash"]
@@ -117,6 +121,7 @@ def stage(
         }
         if main:
             write_json(folder / "metadata.json", record)
+            _without_machine_paths(folder)
             if (folder / "adapter_config.json").is_file():
                 write_text(folder / "MODEL_CARD.md", model_card(record))
         logging.getLogger().removeHandler(handler)
@@ -230,6 +235,53 @@ def relative_to(path: str | Path, folder: Path) -> str:
     return relative if relative.startswith("..") else f"./{relative}"
 
 
+def base_from(base: str, folder: Path) -> str:
+    """The base model as a record in `folder` names it: a folder by its path from there, a hub id as it is."""
+    return relative_to(base, folder) if Path(base).is_dir() else base
+
+
+def base_of(record: Mapping[str, Any], folder: Path, base: str | None = None) -> str:
+    """The base model of a stage, as it can be loaded.
+
+    Args:
+        record: The stage's.
+        folder: The stage's.
+        base: Where it is now, if it is not where the record says.
+
+    Raises:
+        RunError: if it is not there, or is another one.
+    """
+    named = record["model_name_or_path"]
+    if base is None and named.startswith(("/", "./", "../")):
+        # As it reads, else through links: the folder may have been made under another name than it is opened by.
+        places = [os.path.normpath(folder / named), str(folder / named)]
+        base = next((place for place in places if Path(place).is_dir()), None)
+        if base is None:
+            raise RunError(f"The base model of {folder} is not there: {places[0]}. Give --model_name_or_path.")
+    base = base or named
+    if record.get("base_hash") not in (None, base_hash(base)):
+        raise RunError(
+            f"The adapter in {folder} belongs to another base model than {base}. Give --model_name_or_path."
+        )
+    return base
+
+
+def _without_machine_paths(folder: Path) -> None:
+    """PEFT and TRL write the base's path on this machine beside each adapter, and a card that says nothing true.
+
+    The base is named by its path from the current directory, as other programs read it.
+    """
+    for config in folder.rglob("adapter_config.json"):
+        (config.parent / "README.md").unlink(missing_ok=True)
+        try:
+            values = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError:  # of a torn checkpoint, which `rlhf run` leaves out
+            continue
+        base = values.get("base_model_name_or_path")
+        if base and Path(base).is_absolute() and Path(base).is_dir():
+            write_json(config, {**values, "base_model_name_or_path": os.path.relpath(base)})
+
+
 def base_hash(base: str) -> str | None:
     """By its weights where they lie in a folder, since a base that was trained anew keeps its path."""
     return folder_hash(base) if (Path(base) / "model.safetensors").is_file() else None
@@ -254,7 +306,10 @@ def _parent(name: str, path: Path, child: Path, base: str | None) -> dict[str, A
             f"{record['result_hash'][:12]}). Run the stage {name!r} again."
         )
     if base and "model_name_or_path" in record:
-        theirs, ours = record.get("base_hash") or record["model_name_or_path"], base_hash(base) or base
+        theirs, ours = (
+            record.get("base_hash") or record["model_name_or_path"],
+            base_hash(base) or base_from(base, path),
+        )
         if theirs != ours:
             raise RunError(
                 f"The adapter of the stage {name!r} in {path} belongs to another base model: to "

@@ -1,6 +1,7 @@
 """The command `rlhf`."""
 
 import io
+import shutil
 
 import pytest
 
@@ -59,6 +60,17 @@ def test_chat_takes_a_held_out_persona(ppo_run, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     main(["chat", str(ppo_run.folder)])
     assert "persona: i have a dog . i like rice ." in capsys.readouterr().out  # number 100 of the rows
+
+
+def test_chat_with_a_run_whose_base_is_elsewhere(sft_run, tiny_llama, tmp_path, capsys, monkeypatch):
+    shutil.copytree(sft_run.folder, tmp_path / "a" / "b" / "c" / "sft")
+    chat = ["chat", str(tmp_path / "a" / "b" / "c" / "sft"), "--fact", "i have a dog ."]
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(SystemExit):
+        main(chat)
+    assert "is not there" in (said := capsys.readouterr().err) and "Give --model_name_or_path" in said
+    main([*chat, "--model_name_or_path", str(tiny_llama)])
+    assert "persona: i have a dog ." in capsys.readouterr().out
 
 
 def test_chat_replies_with_the_adapter(sft_run, tiny_llama, capsys, monkeypatch):

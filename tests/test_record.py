@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.config import ConfigError, DataConfig, load_yaml
 from rlhf.files import folder_hash, write_json
-from rlhf.record import RunError, check_world_size, launch, read_record, stage
+from rlhf.record import RunError, base_of, check_world_size, launch, read_record, stage
 
 
 def run_stage(folder, parents=None, **found):
@@ -124,6 +124,35 @@ def test_a_foreign_adapter_is_refused(same_path, sft_run, train, tiny_llama, dat
     model.save_pretrained(base)
     with pytest.raises(RunError, match="'sft'.* belongs to another base model"):
         train("dpo", tmp_path / "dpo", max_steps=2, sft_adapter=parent, **shared)
+
+
+def test_no_file_of_a_run_names_a_path_of_this_machine(train, tiny_llama, dataset, tmp_path, monkeypatch):
+    """DPO: adapters of PEFT's, checkpoints of the Trainer's, a card of TRL's."""
+    shutil.copytree(tiny_llama, tmp_path / "base")
+    shutil.copytree(dataset, tmp_path / "runs" / "prepare")
+    monkeypatch.chdir(tmp_path)
+    shared = {"dataset": "runs/prepare", "model_name_or_path": tmp_path / "base", "max_steps": 2}
+    train("sft", Path("runs/sft"), **shared)
+    train("dpo", Path("runs/dpo"), sft_adapter="runs/sft", **shared)
+    folder = tmp_path / "runs" / "dpo"
+    texts = [p for p in folder.rglob("*") if p.suffix in (".json", ".jsonl", ".yaml", ".md")]
+    assert {"metadata.json", "adapter_config.json", "config.yaml", "MODEL_CARD.md"} <= {path.name for path in texts}
+    assert [path.name for path in texts if str(tmp_path) in path.read_text()] == []
+    assert not list(folder.rglob("README.md")) and (folder / "checkpoint-2").is_dir()
+    assert read_record(folder)["model_name_or_path"] == "../../base"
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+
+
+def test_a_base_is_found_from_its_adapter(sft_run, tiny_llama, tiny_qwen2, tmp_path):
+    record = read_record(sft_run.folder)
+    assert Path(base_of(record, sft_run.folder)) == tiny_llama
+    moved = tmp_path / "a" / "b" / "moved"
+    with pytest.raises(RunError, match=r"is not there: .*llama. Give --model_name_or_path"):
+        base_of(record, moved)
+    assert base_of(record, moved, str(tiny_llama)) == str(tiny_llama)
+    with pytest.raises(RunError, match="belongs to another base model than .*qwen2"):
+        base_of(record, moved, str(tiny_qwen2))
+    assert base_of({"model_name_or_path": "some/hub-id"}, moved) == "some/hub-id"
 
 
 def test_launch_ends_in_a_message(capsys):

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,13 +40,15 @@ def value(results, system, metric):
     return results[system]["metrics"][metric]["value"]
 
 
-def test_record_and_rows(evaluated, sft_run, dataset):
+def test_record_and_rows(evaluated, sft_run, tiny_llama, dataset):
     folder, results = evaluated
     assert (
         read_record(folder)["status"] == "done" and {"prepare", "sft", "ppo"} == read_record(folder)["parents"].keys()
     )
     run = results["sft"]["run"]
     assert run["adapter_hash"] == folder_hash(sft_run.folder) and run["data_hash"] == folder_hash(dataset)
+    assert (folder / run["adapter"]).samefile(sft_run.folder) and (folder / run["base"]).samefile(tiny_llama)
+    assert not Path(run["adapter"]).is_absolute() and not Path(run["base"]).is_absolute()
     assert run["system"] == "sft" and run["decoding"]["sampled"] == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     assert results["base"]["run"]["adapter"] is None and "perplexity_token" not in results["oracle"]["metrics"]
     for name in results:
