@@ -27,7 +27,7 @@ from evaluation.probes import persona_consistency, score_reply
 from evaluation.ranking import candidate_hits
 from evaluation.score import independent, metric_row, score_rows
 from rlhf.chat import render
-from rlhf.files import read_jsonl, write_json, write_jsonl
+from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
 from rlhf.generate import generate
 from rlhf.lora import use_adapter, with_adapter
 from rlhf.model import load_base, load_tokenizer
@@ -146,6 +146,7 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
                     row = results["metrics"][metric]
                     bounds = [math.nan if row[key] is None else row[key] for key in ("ci_low", "ci_high")]
                     logger.info("%s %s %.3f [%.3f, %.3f]", name, metric, row["value"], *bounds)
+        record["result_hash"] = folder_hash(args.output_dir)
 
 
 def _probes(path: Path, dialogues: Sequence[Row], args: EvaluateConfig) -> tuple[list[Row], Row]:

@@ -69,13 +69,14 @@ def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any
 
 
 def folder_hash(folder: str | Path) -> str:
-    """SHA-256 by which a stage's result is named: of its adapter or model, or of its rows where it made data."""
+    """SHA-256 by which a stage's result is named: of its adapter or model, or else its rows, or its systems' results."""
     folder = Path(folder)
     paths = [p for p in (folder / "adapter_model.safetensors", folder / "model.safetensors") if p.is_file()]
     paths = paths or sorted(p for p in folder.glob("*.jsonl") if p.name not in ("kept.jsonl", "rejected.jsonl"))
+    paths = paths or sorted([*folder.glob("*/results.json"), *folder.glob("*/replies.jsonl")])
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(path.name.encode() + b"\0")
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)  # piece by piece: a base can be larger than the memory
     return digest.hexdigest()

@@ -66,6 +66,13 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, fault):
     assert read_jsonl(path, limit=1) == [{"a": 1}]  # what is not asked for is not read
 
 
+def test_a_folder_of_results_is_named_by_those_of_each_system(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "results.json").write_text("2")
+    (tmp_path / "b" / "replies.jsonl").write_text("1")
+    assert folder_hash(tmp_path) == hashlib.sha256(b"b/replies.jsonl\x001b/results.json\x002").hexdigest()
+
+
 def test_a_folder_is_named_by_its_weights_or_else_by_its_rows(tmp_path):
     (tmp_path / "rejected.jsonl").write_text("{}")
     (tmp_path / "b.jsonl").write_text("2")

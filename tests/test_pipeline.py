@@ -165,6 +165,12 @@ def test_whole_recipe_and_a_second_run(go, tmp_path):
     assert all(second[stage].startswith("done") for stage in stages)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
+    # what was deleted of it is made again
+    (run / "evaluate" / "ppo" / "results.json").unlink()
+    again = go()
+    assert "its files are not those it made" in again["evaluate"] and again["ppo"].startswith("done")
+    assert (run / "evaluate" / "ppo" / "results.json").is_file()
+
     # the folder may move: parents are named by relative paths
     run.rename(tmp_path / "moved")
     record = read_record(tmp_path / "moved" / "ppo")
