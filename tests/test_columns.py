@@ -210,3 +210,9 @@ def test_too_many_cut_rows_are_refused_with_the_lengths_that_would_do(tokenizer)
         ValueError, match=rf"4 of 4 rows .*With `max_length` {one} the share is kept, with {two} nothing"
     ):
         sft_columns(rows, tokenizer, one - 1, 0.25)
+
+
+@pytest.mark.parametrize(("folder", "stage"), [("prepare", "prepare"), ("pairs", "pairs"), ("mine", "prepare")])
+def test_a_missing_file_names_the_stage_that_makes_it(folder, stage, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"The stage `{stage}` makes it"):
+        load_rows(tmp_path / folder / "preferences_train.jsonl")

@@ -29,7 +29,8 @@ def load_rows(path: str | Path, limit: int | None = None) -> list[dict[str, Any]
         ValueError: if the file has no rows, or a line is no JSON object.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"`dataset`: there is no {path}. The stage `prepare` makes it.")
+        stage = "pairs" if Path(path).parent.name == "pairs" else "prepare"
+        raise FileNotFoundError(f"`dataset`: there is no {path}. The stage `{stage}` makes it.")
     rows = read_jsonl(path, limit)
     if not rows:
         raise ValueError(f"{path} has no rows.")
