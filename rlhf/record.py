@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
-from rlhf.config import PATHS, ConfigError, exit_with, parse, save, values_of
+from rlhf.config import PATHS, STAGES, ConfigError, exit_with, parse, save, values_of
 from rlhf.files import folder_hash, git_commit, versions, write_json, write_text
 from rlhf.model import hardware
 
@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+# What made a folder, by what it is used as; any other use is that of a model which replies.
+KINDS = {"prepare": ("prepare", "pairs"), "reward": ("reward",)}
+POLICIES = ("sft", "dpo", "ppo")
 
 
 class RunError(RuntimeError):
@@ -68,7 +72,7 @@ def stage(
     """
     folder = Path(output_dir)
     base = values_of(configs).get("model_name_or_path")
-    links = {key: _parent(key, Path(path), folder, base) for key, path in (parents or {}).items()}
+    links = _parents(parents or {}, folder, base)
     main = PartialState().is_main_process
     began = time.perf_counter()
     early = _log(log_level, main)
@@ -206,9 +210,21 @@ def model_card(record: Mapping[str, Any]) -> str:
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
-    """The `metadata.json` of a stage's folder, or None where there is none."""
+    """The `metadata.json` of a stage's folder, or None where there is none.
+
+    Raises:
+        RunError: if it is no record.
+    """
     path = Path(folder) / "metadata.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not {"stage", "status"} <= record.keys():
+        raise RunError(f"{path} is empty or damaged. Delete it, and run the stage again.")
+    return record
 
 
 def movable(configs: Sequence[Any], folder: Path) -> list[Any]:
@@ -287,12 +303,38 @@ def base_hash(base: str) -> str | None:
     return folder_hash(base) if (Path(base) / "model.safetensors").is_file() else None
 
 
+def _parents(parents: Mapping[str, str | Path], child: Path, base: str | None) -> dict[str, dict[str, Any]]:
+    """The links to what a stage is made from; what is wrong with any of it is said together."""
+    faults, links = [], {}
+    # A hub id is a name, or an owner and a name.
+    if base and (base.startswith((".", "/", "~")) or base.count("/") > 1) and not Path(base).is_dir():
+        faults.append(
+            f"`model_name_or_path`: there is no folder {base}. Name the base's folder, or its id on the hub."
+        )
+        base = None
+    for name, path in parents.items():
+        try:
+            links[name] = _parent(name, Path(path), child, base)
+        except RunError as error:
+            faults.append(str(error))
+    if faults:
+        raise RunError("\n".join(faults))
+    return links
+
+
 def _parent(name: str, path: Path, child: Path, base: str | None) -> dict[str, Any]:
     record = read_record(path)
     if record is None:
+        made_by = path.name if path.name in STAGES else name
         raise RunError(
-            f"The stage {name!r} is needed and there is none in {path}. Run it first: "
-            f"`rlhf run recipes/<name> --until {name}`, or its script with the recipe's {name}.yaml."
+            f"The stage {made_by!r} is needed and there is none in {path}. Run it first: "
+            f"`rlhf run recipes/<name> --until {made_by}`, or its script with the recipe's {made_by}.yaml."
+        )
+    kinds = KINDS.get(name, POLICIES)
+    if record["stage"] not in kinds:
+        raise RunError(
+            f"{path} was made by the stage {record['stage']!r}, and what is needed as {name!r} is made by "
+            f"{' or '.join(kinds)}. Name the folder of such a stage."
         )
     if record["status"] != "done":
         raise RunError(

@@ -95,6 +95,39 @@ def test_the_preflight_list_stands_in_the_log(sft_run):
     assert log.count("check mask      passed") == 1
 
 
+def test_all_missing_parents_are_named(tmp_path):
+    with pytest.raises(RunError) as refused:
+        run_stage(tmp_path / "dpo", {"prepare": tmp_path / "pairs", "sft": tmp_path / "mine"})
+    first, second = str(refused.value).splitlines()
+    assert "--until pairs`" in first and "--until sft`" in second and str(tmp_path / "mine") in second
+
+
+@pytest.mark.parametrize(
+    ("used_as", "made_by", "needed"),
+    [("reward", "sft", "reward"), ("sft", "reward", "sft or dpo or ppo"), ("prepare", "sft", "prepare or pairs")],
+)
+def test_a_parent_of_another_kind_is_refused(used_as, made_by, needed, tmp_path):
+    parent = tmp_path / "parent"
+    write_json(parent / "metadata.json", {"stage": made_by, "status": "done", "parents": {}})
+    with pytest.raises(RunError, match=f"made by the stage '{made_by}'.*needed as '{used_as}' is made by {needed}"):
+        run_stage(tmp_path / "child", {used_as: parent})
+
+
+@pytest.mark.parametrize("base", ["./nowhere", "recipes/demo/nowhere"])
+def test_a_base_that_is_not_there(base, sft_run, train, dataset, tmp_path):
+    with pytest.raises(RunError) as refused:
+        train("dpo", tmp_path, model_name_or_path=base, dataset=dataset, sft_adapter=sft_run.folder)
+    assert str(refused.value).startswith(f"`model_name_or_path`: there is no folder {base}. Name")
+    assert "belongs to another base" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", '{"stage": "prep', "[]", "{}"])
+def test_a_damaged_record_is_named(text, tmp_path):
+    (tmp_path / "metadata.json").write_text(text)
+    with pytest.raises(RunError, match=r"metadata.json is empty or damaged. Delete it, and run the stage again"):
+        read_record(tmp_path)
+
+
 def test_a_stale_parent_is_refused(dataset, tmp_path):
     """SFT was made from data that has since been made anew."""
     data, sft = tmp_path / "prepare", tmp_path / "sft"
