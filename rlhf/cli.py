@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.command(arguments)
     except ConfigError as error:
         exit_with(error)
-    except Exception as error:  # noqa: BLE001 - the outermost call, which raises again what it cannot tell
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the outermost call; what it cannot tell it raises
         from rlhf.record import exit_or_raise  # not at the top: it imports torch
 
         exit_or_raise(error)

@@ -138,11 +138,11 @@ def launch(
     """Run a script: parse the command line, call `main`; an error ends in a message, as [`exit_or_raise`] has it."""
     try:
         main(*parse(config_classes, argv, stage_name))
-    except Exception as error:  # noqa: BLE001 - the outermost call, which raises again what it cannot tell
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the outermost call; what it cannot tell it raises
         exit_or_raise(error)
 
 
-def exit_or_raise(error: Exception) -> NoReturn:
+def exit_or_raise(error: BaseException) -> NoReturn:
     """End the process with the error's message and status 2, where its traceback stands in a log or is of no use.
 
     A defect outside of any stage has no log, so it is raised again.
@@ -150,8 +150,8 @@ def exit_or_raise(error: Exception) -> NoReturn:
     notes = getattr(error, "__notes__", [])  # from `stage`: where the traceback is
     if not (notes or isinstance(error, RunError | ValueError | OSError)):
         raise error
-    name = "" if isinstance(error, RunError | ConfigError) else f"{type(error).__name__}: "
-    exit_with(RunError("\n".join([f"{name}{error}", *notes])))
+    told = str(error) if isinstance(error, RunError | ConfigError) else f"{type(error).__name__}: {error}"
+    exit_with(RunError("\n".join([told.removesuffix(": "), *notes])))
 
 
 def check_world_size(args: TrainingArguments) -> None:

@@ -209,16 +209,19 @@ def test_launch_does_not_hide_defects():
     assert issubclass(ConfigError, ValueError) and issubclass(RunError, RuntimeError)
 
 
-def test_a_defect_within_a_stage_is_a_message(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("error", "told"), [(KeyError("a defect"), "KeyError: 'a defect'"), (KeyboardInterrupt(), "KeyboardInterrupt")]
+)
+def test_a_defect_within_a_stage_is_a_message(error, told, tmp_path, capsys):
     def main(config):
         with stage("sft", tmp_path / "sft", [config], seed=1):
-            raise KeyError("a defect")
+            raise error
 
     with pytest.raises(SystemExit) as end:
         launch(main, (DataConfig,), "sft", ["--dataset", "d"])
     log = tmp_path / "sft" / "training.log"
     said = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and said[-2:] == ["error: KeyError: 'a defect'", f"The traceback is in {log}."]
+    assert end.value.code == 2 and said[-2:] == [f"error: {told}", f"The traceback is in {log}."]
     assert "Traceback" in log.read_text()
 
 
