@@ -17,7 +17,10 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig
+
+from rlhf.config import did_you_mean
 
 # All linear layers of a block: attention alone learns style, the MLP is where facts are looked up
 # (Biderman et al. 2024, https://arxiv.org/abs/2405.09673, section 5).
@@ -49,22 +52,41 @@ def target_modules(model_type: str) -> list[str]:
 
 
 def lora_config(args: ModelConfig, model: PreTrainedModel, reward: bool = False) -> LoraConfig:
-    """The adapter that `args` asks for: `lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_modules`.
+    """The adapter that `args` asks for: `lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_modules`, and its variant.
 
     A reward adapter also trains and saves the score head.
+
+    Raises:
+        ValueError: if a name in `lora_target_modules` is that of no linear layer of the model.
     """
     targets = args.lora_target_modules or target_modules(model.config.model_type)
     if isinstance(targets, str) and targets.isidentifier():
         targets = [targets]  # TRL makes a list of one name a string, which PEFT takes for a pattern of the whole path
+    if isinstance(targets, list):
+        _check_targets(targets, model)
     return LoraConfig(
         task_type=TaskType.SEQ_CLS if reward else TaskType.CAUSAL_LM,
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=targets,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
         modules_to_save=["score"] if reward else None,
         fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D stores the weight transposed
     )
+
+
+def _check_targets(targets: list[str], model: PreTrainedModel) -> None:
+    """PEFT itself leaves out a name that fits no layer, as long as another one does."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    for target in targets:
+        if target != "all-linear" and not any(f".{name}".endswith(f".{target}") for name in linear):
+            raise ValueError(
+                f"`lora_target_modules`: {target!r} is no linear layer of this model, which has {', '.join(known)}"
+                f"{did_you_mean(target, known)}"
+            )
 
 
 def with_adapter(

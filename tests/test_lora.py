@@ -97,9 +97,10 @@ def test_every_linear_layer_of_a_block_gets_an_adapter(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_all_that_the_recipe_says_reaches_the_adapter(architecture):
-    base = build(architecture)
-    config = lora_config(ModelConfig(lora_r=3, lora_alpha=5, lora_dropout=0.25, lora_target_modules=["dense"]), base)
-    assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (3, 5, 0.25, {"dense"})
+    base, layer = build(architecture), target_modules(architecture)[0]
+    config = lora_config(ModelConfig(lora_r=3, lora_alpha=5, lora_dropout=0.25, lora_target_modules=[layer]), base)
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (3, 5, 0.25, {layer})
+    assert not (config.use_rslora or config.use_dora)
     assert config.fan_in_fan_out == (architecture == "gpt2")
     assert config.task_type == "CAUSAL_LM" and config.modules_to_save is None
     reward = lora_config(ModelConfig(), base, reward=True)
@@ -114,6 +115,35 @@ def test_targets_may_be_one_name_several_all_or_a_pattern(targets, layers):
     base = build()
     model = get_peft_model(base, lora_config(ModelConfig(lora_target_modules=targets), base))
     assert sum(".lora_A." in key for key, _ in model.named_parameters()) == 2 * layers
+
+
+@pytest.mark.parametrize("targets", [["nosuch"], "nosuch", ["q_proj", "nosuch"], ["model"]])
+def test_a_target_that_is_no_linear_layer_is_refused_with_those_that_are(targets):
+    with pytest.raises(
+        ValueError, match="`lora_target_modules`: '(nosuch|model)' is no linear .* has down_proj, .*v_proj"
+    ):
+        lora_config(ModelConfig(lora_target_modules=targets), build())
+    with pytest.raises(ValueError, match="did you mean `q_proj`"):
+        lora_config(ModelConfig(lora_target_modules=["q_prj", "v_proj"]), build())
+
+
+def test_the_rank_stabilised_scale_is_by_the_root_of_the_rank():
+    base = build()
+    model = get_peft_model(base, lora_config(ModelConfig(lora_r=RANK, lora_alpha=8, use_rslora=True), base))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    assert layer.scaling == {"default": 4.0}  # 8 / sqrt(4), where LoRA's is 8 / 4 (https://arxiv.org/abs/2312.03732)
+
+
+def test_a_dora_adapter_comes_back_as_it_was_saved(tmp_path):
+    base = build()
+    model = get_peft_model(base, lora_config(ModelConfig(lora_r=RANK, lora_alpha=8, use_dora=True), base)).eval()
+    randomise(model, "default")
+    assert any("magnitude" in key for key, parameter in model.named_parameters() if parameter.requires_grad)
+    save_adapter(model, tmp_path / "dora")
+    again = with_adapter(build(), tmp_path / "dora", "default", trainable=True).eval()
+    with torch.no_grad():
+        assert_close(again(IDS).logits, model(IDS).logits)
+    assert trainable_parameters(again) == trainable_parameters(model)
 
 
 def test_an_unknown_architecture_is_refused_with_advice():
