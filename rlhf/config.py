@@ -29,6 +29,7 @@ All problems are raised together in one `ConfigError`.
 import dataclasses
 import difflib
 import enum
+import importlib.util
 import json
 import logging
 import os
@@ -115,6 +116,43 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     ),
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     "trust_remote_code": (False,),
+    "attn_implementation": ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"),
+}  # fmt: skip
+
+# Fields of TRL's ModelConfig that nothing here reads: why another value than the default is refused, and the remedy.
+NO_EFFECT = {
+    "model_revision": "would reach the weights alone, not the tokenizer nor `rlhf chat`; fetch the revision with `hf "
+    "download NAME --revision REVISION --local-dir FOLDER`, and give the folder as `model_name_or_path`",
+    "use_peft": "every stage trains a LoRA adapter, whose base stays frozen; delete the key",
+    "lora_target_parameters": "an adapter sits on whole layers; name them in `lora_target_modules`",
+    "lora_modules_to_save": "the stage decides: the reward adapter saves its score head, the others nothing; delete "
+    "the key",
+    "lora_task_type": "the stage decides: SEQ_CLS for the reward adapter, CAUSAL_LM for the others; delete the key",
+    "load_in_8bit": "8-bit bases are not supported; use `load_in_4bit: true`",
+    "use_bnb_nested_quant": "is always on with `load_in_4bit: true`; delete the key",
+    "bnb_4bit_quant_storage": "is of use to FSDP alone, which is not supported; delete the key",
+}
+
+# What `report_to` may name (transformers 5.23, `INTEGRATION_TO_CALLBACK`), and the module that must be installed for it.
+REPORTERS = {
+    "azure_ml": "azureml", "clearml": "clearml", "codecarbon": "codecarbon", "comet_ml": "comet_ml",
+    "dagshub": "dagshub", "dvclive": "dvclive", "flyte": "flytekit", "kubeflow": None, "mlflow": "mlflow",
+    "neptune": "neptune", "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb",
+}  # fmt: skip
+
+# Part of an optimiser's name -> the module that has it; the first that fits.
+OPTIMISERS = {
+    "adamw_torch_8bit": "torchao", "adamw_torch_4bit": "torchao", "adamw_anyprecision": "torchdistx",
+    "galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim", "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree", "stable_adamw": "optimi", "bit": "bitsandbytes", "bnb": "bitsandbytes",
+    "ademamix": "bitsandbytes",
+}  # fmt: skip
+
+# Modules whose package has another name.
+PACKAGES = {
+    "azureml": "azureml-mlflow", "galore_torch": "galore-torch", "apollo_torch": "apollo-torch",
+    "lomo_optim": "lomo-optim", "optimi": "torch-optimi", "liger_kernel": "liger-kernel", "comet_ml": "comet-ml",
+    "flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3",
 }  # fmt: skip
 
 PATHS = ("dataset", "chat_template_path", "deepspeed", "fsdp_config", "accelerator_config", "resume_from_checkpoint")
@@ -544,8 +582,10 @@ def parse(
                 break
     if not unreadable:
         problems += _missing(fields, given)
+    problems += _unusable(values, fields, given)
     problems += _fill_machine(values, fields, given)
     problems += _fill_plan(values, fields, given, before_prepare)
+    _fill(values, fields, given, {"use_peft": True})  # what is done; TRL's default for scripts that may do without
     if problems:
         raise ConfigError(problems, known if misnamed else ())
 
@@ -628,6 +668,73 @@ def _missing(fields: Mapping[type, Mapping[str, dataclasses.Field]], given: Mapp
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in given
     }
     return [f"`{name}`: is missing; {owner} needs it" for name, owner in required.items()]
+
+
+def _unusable(
+    values: Mapping[type, Mapping[str, Any]],
+    fields: Mapping[type, Mapping[str, dataclasses.Field]],
+    given: Mapping[str, _Given],
+) -> list[str]:
+    """A problem for each setting that is well-formed, yet that this installation cannot follow, or that has no effect."""
+    asked = {key: _plain(value) for own in values.values() for key, value in own.items()}
+    default = {
+        key: True if key == "use_peft" else field.default for own in fields.values() for key, field in own.items()
+    }
+    reasons = {key: why for key, why in NO_EFFECT.items() if key in asked and asked[key] != default[key]}
+    for key, reason in (
+        ("load_in_4bit", _not_installed("bitsandbytes") if asked.get("load_in_4bit") else None),
+        ("use_liger_kernel", _not_installed("liger_kernel") if asked.get("use_liger_kernel") else None),
+        (
+            "optim",
+            _not_installed(next((m for part, m in OPTIMISERS.items() if part in str(asked.get("optim"))), None)),
+        ),
+        ("report_to", _no_reporter(asked.get("report_to"))),
+        ("attn_implementation", _no_attention(asked.get("attn_implementation"))),
+    ):
+        if reason:
+            reasons[key] = reason
+    if asked.get("max_length", 1) is None:
+        reasons["max_length"] = "must be a number of tokens: it decides which rows lose their oldest turns"
+    for key in (
+        "gradient_checkpointing_kwargs",
+        "activation_checkpointing_kwargs",
+    ):  # the older name and the newer one
+        settings = asked.get(key)
+        settings = yaml.load(settings, Loader=_Loader) if isinstance(settings, str) else settings  # JSON text
+        if isinstance(settings, dict) and settings.get("use_reentrant"):
+            reasons[key] = (
+                "reentrant checkpointing fails under DDP where a frozen base carries adapters; set use_reentrant: false, "
+                "or delete the key"
+            )
+    return [f"`{key}`: {_shown(key, given[key].value)} ({given[key].where}): {why}" for key, why in reasons.items()]
+
+
+def _not_installed(module: str | None) -> str | None:
+    if module is None or importlib.util.find_spec(module) is not None:
+        return None
+    package = PACKAGES.get(module, module)
+    return f"needs the package {package}, which is not installed: pip install {package}"
+
+
+def _no_reporter(names: str | list[str] | None) -> str | None:
+    for name in [names] if isinstance(names, str) else names or []:
+        if name in ("none", "all"):
+            continue
+        if name not in REPORTERS:
+            known = ("none", "all", *REPORTERS)
+            return f"must be one of {', '.join(known)}{did_you_mean(name, known)}"
+        if problem := _not_installed(REPORTERS[name]):
+            return problem
+    return None
+
+
+def _no_attention(name: str | None) -> str | None:
+    if not (name or "").startswith("flash_attention"):
+        return None
+    from rlhf.model import attention_problem  # not at the top: it imports torch
+
+    module = "flash_attn" if name == "flash_attention_2" else "flash_attn_interface"
+    return attention_problem(name) or _not_installed(module)
 
 
 def _machine_defaults() -> dict[str, Any]:

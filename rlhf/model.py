@@ -62,15 +62,13 @@ def machine_defaults() -> dict[str, bool]:
     return {"use_cpu": not torch.cuda.is_available(), "fp16": here.fp16, "bf16": here.bf16}
 
 
-def check_attention(attn_implementation: str | None) -> None:
-    """Raise a ValueError where FlashAttention 2 is asked for on a card that cannot run it (capability below 8.0)."""
+def attention_problem(attn_implementation: str | None) -> str | None:
+    """Why this machine cannot run FlashAttention (its GPUs' capability is below 8.0), None where it can or need not."""
     if not (attn_implementation or "").startswith("flash_attention"):
-        return
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
-        raise ValueError(
-            f"`attn_implementation` is {attn_implementation!r}, which needs a GPU of compute capability 8.0 or "
-            "higher (a T4 has 7.5). Use `sdpa`."
-        )
+        return None
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
+        return None
+    return "needs a GPU of compute capability 8.0 or higher (a T4 has 7.5); use sdpa"
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -82,19 +80,20 @@ def load_base(args: ModelConfig, tokenizer: PreTrainedTokenizerBase, reward: boo
     """The frozen base model, in this machine's precision and on this process' GPU where it has one.
 
     Args:
-        args: `model_name_or_path`, `model_revision`, `dtype`, `attn_implementation` and the 4-bit flags are read.
+        args: `model_name_or_path`, `dtype`, `attn_implementation` and the 4-bit flags are read.
         tokenizer: Whose stop and pad tokens the model is told.
         reward: Whether to load it with a score head of one output, for TRL's RewardTrainer.
 
     Raises:
         ValueError: if the attention implementation cannot run on this card.
     """
-    check_attention(args.attn_implementation)
+    if problem := attention_problem(args.attn_implementation):
+        raise ValueError(f"`attn_implementation`: {args.attn_implementation!r} {problem}.")
     here = precision()
     dtype = here.dtype if args.dtype in (None, "auto") else getattr(torch, args.dtype)
     if dtype is torch.bfloat16 and here.fp16:
         raise ValueError(f"`dtype` is bfloat16, but {here.reason}. Leave `dtype` out, or set it to float16.")
-    kwargs: dict[str, Any] = {"dtype": dtype, "revision": args.model_revision}
+    kwargs: dict[str, Any] = {"dtype": dtype}
     if args.attn_implementation is not None:
         kwargs["attn_implementation"] = args.attn_implementation
     if args.load_in_4bit:
@@ -103,7 +102,7 @@ def load_base(args: ModelConfig, tokenizer: PreTrainedTokenizerBase, reward: boo
         # quantiser, also where a checkpoint brings a skip list of its own.
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
+            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=["lm_head", "score"],

@@ -1,6 +1,7 @@
 """The strict parser: what it takes, from where, and how it says no."""
 
 import dataclasses
+import importlib.util
 import logging
 import os
 import subprocess
@@ -11,6 +12,8 @@ from typing import Literal, get_type_hints
 import pytest
 import torch
 import yaml
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import OptimizerNames
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from rlhf import config
@@ -88,7 +91,7 @@ def test_file_then_command_line_and_both_spellings(tmp_path):
 
 def test_defaults_are_the_classes_own():
     (model,) = parse((ModelConfig,), [])
-    assert model == ModelConfig(dtype="auto")  # but for the precision, which is the machine's
+    assert model == ModelConfig(dtype="auto", use_peft=True)  # but for the machine's precision, and what is done
 
 
 def test_argv_none_reads_the_program_s_own(monkeypatch):
@@ -238,6 +241,118 @@ def test_refused_by_name_place_and_remedy(tmp_path, name):
     assert problem.startswith(start) and f"({file}:2)" in problem and reason in problem.split("): ", 1)[1]
 
 
+OPTIONAL = ("bitsandbytes", "wandb", "liger_kernel", "flash_attn")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Makes the optional packages look as if these alone were installed."""
+    find_spec = importlib.util.find_spec
+
+    def only(*names):
+        answers = {name: object() if name in names else None for name in OPTIONAL}
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name, *rest: answers[name] if name in answers else find_spec(name, *rest),
+        )
+
+    return only
+
+
+NEEDS = {
+    "4 bit": (
+        "load_in_4bit: true",
+        "needs the package bitsandbytes, which is not installed: pip install bitsandbytes",
+    ),
+    "8-bit optimiser": ("optim: adamw_bnb_8bit", "pip install bitsandbytes"),
+    "paged optimiser": ("optim: paged_lion_32bit", "pip install bitsandbytes"),
+    "Liger": ("use_liger_kernel: true", "pip install liger-kernel"),
+    "a known reporter": ("report_to: wandb", "pip install wandb"),
+    "one of two reporters": ("report_to: [none, wandb]", "pip install wandb"),
+}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_missing_package_is_a_problem_of_the_key_that_needs_it(tmp_path, installed, name):
+    text, remedy = NEEDS[name]
+    key = text.split(":")[0]
+    file = write(tmp_path / "a.yaml", f"output_dir: runs/x\n{text}\nlora_r: 0\n")
+    installed()
+    found = problems((SFTConfig, ModelConfig), ["--config", file])
+    assert [problem.split("`")[1] for problem in found] == ["lora_r", key]
+    assert f"({file}:2): " in found[1] and remedy in found[1]
+    installed("bitsandbytes", "liger_kernel", "wandb")
+    (problem,) = problems((SFTConfig, ModelConfig), ["--config", file])
+    assert problem.startswith("`lora_r`")
+
+
+UNUSABLE = {
+    "an unknown reporter": ("report_to: wandbb", "did you mean `wandb`?"),
+    "no length": ("max_length: null", "must be a number of tokens"),
+    "attention that a CPU has not": (
+        "attn_implementation: flash_attention_2",
+        "needs a GPU of compute capability 8.0",
+    ),
+    "attention that nobody has": ("attn_implementation: flash_atention_2", "did you mean `flash_attention_2`?"),
+    "a quantisation that nobody has": ("bnb_4bit_quant_type: int4", "must be one of fp4, nf4"),
+    "reentrant": ("gradient_checkpointing_kwargs: {use_reentrant: true}", "set use_reentrant: false"),
+    "reentrant, by the newer name": (
+        "activation_checkpointing_kwargs: '{use_reentrant: true}'",
+        "use_reentrant: false",
+    ),
+    "no adapter": ("use_peft: false", "every stage trains a LoRA adapter"),
+    "8 bit": ("load_in_8bit: true", "use `load_in_4bit: true`"),
+    "a revision": ("model_revision: v2", "hf download NAME --revision REVISION"),
+    "nested": ("use_bnb_nested_quant: true", "is always on"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_what_cannot_be_followed_is_refused_with_its_place(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text, remedy = UNUSABLE[name]
+    file = write(tmp_path / "a.yaml", f"output_dir: runs/x\n{text}\n")
+    (problem,) = problems((SFTConfig, ModelConfig), ["--config", file])
+    assert problem.startswith(f"`{text.split(':')[0]}`: ") and f"({file}:2): " in problem and remedy in problem
+
+
+def test_flash_attention_needs_a_package_too(monkeypatch, installed):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (8, 0))
+    installed()
+    assert "pip install flash-attn" in problems((ModelConfig,), ["--attn_implementation=flash_attention_2"])[0]
+    installed("flash_attn")
+    assert parse((ModelConfig,), ["--attn_implementation=flash_attention_2"])[0].attn_implementation
+
+
+def test_what_changes_nothing_may_be_said():
+    (training, model) = parse(
+        (SFTConfig, ModelConfig),
+        ["--output_dir=runs/x", "--use_peft=true", "--model_revision=main", "--lora_task_type=CAUSAL_LM",
+         "--gradient_checkpointing_kwargs={use_reentrant: false}", "--report_to=[]"],
+    )  # fmt: skip
+    assert model.use_peft and training.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+# Another value than the default, of the field's type.
+OTHER = {
+    "model_revision": "v2", "use_peft": False, "lora_target_parameters": ["mlp"], "lora_modules_to_save": ["embed_tokens"],
+    "lora_task_type": "SEQ_CLS", "load_in_8bit": True, "use_bnb_nested_quant": True, "bnb_4bit_quant_storage": "uint8",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ModelConfig)])
+def test_every_field_of_a_model_s_configuration_is_read_or_refused(name):
+    """A setting that is taken and passed over makes a run that is not the one which was asked for."""
+    folder = Path(config.__file__).parent
+    read = [path.name for path in (folder / "lora.py", folder / "model.py") if f"args.{name}" in path.read_text()]
+    if not read:
+        (problem,) = problems((ModelConfig,), [f"--{name}={yaml.safe_dump(OTHER[name], default_flow_style=True)}"])
+        assert problem.startswith(f"`{name}`: ")
+    assert bool(read) != (name in config.NO_EFFECT)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -306,8 +421,8 @@ def test_all_problems_at_once_with_the_known_names(tmp_path):
 
 
 def test_a_combination_that_the_class_itself_refuses():
-    (problem,) = problems((ModelConfig,), ["--load_in_4bit=true", "--load_in_8bit=true"])
-    assert problem.startswith("ModelConfig: You can't use 8 bit and 4 bit")
+    (problem,) = problems((PPOConfig,), ["--output_dir=runs/x", "--max_steps=5"])
+    assert problem.startswith("PPOConfig: `max_steps` is 5, but the length of PPO is given in replies.")
 
 
 def test_an_unusual_rank_warns(caplog):
@@ -674,6 +789,15 @@ def test_every_name_in_the_tables_is_somebody_s_field():
              for f in dataclasses.fields(cls)}  # fmt: skip
     for table in (config.RANGES, config.CHOICES, config.PATHS, config.SECRETS, config.RENAMED.values()):
         assert set(table) <= names
+
+
+def test_the_reporters_and_optimisers_are_those_of_transformers():
+    assert set(config.REPORTERS) == set(INTEGRATION_TO_CALLBACK)
+    plain = {name.value for name in OptimizerNames if not any(part in name.value for part in config.OPTIMISERS)}
+    assert plain == {
+        "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor", "sgd", "adagrad",
+        "rmsprop",
+    }  # fmt: skip
 
 
 def test_importing_the_parser_is_cheap():

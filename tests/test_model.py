@@ -13,7 +13,7 @@ from rlhf import model as model_module
 from rlhf.generate import generate
 from rlhf.model import (
     add_score_head,
-    check_attention,
+    attention_problem,
     load_base,
     load_tokenizer,
     machine_defaults,
@@ -70,15 +70,15 @@ def test_apple_silicon_trains_on_the_cpu_and_says_so_once(machine, caplog):
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
 def test_flash_attention_is_refused_below_8_0(machine, capability, name, tiny_llama):
     machine(capability)
-    with pytest.raises(ValueError, match=f"`attn_implementation` is '{name}'.*`sdpa`"):
+    with pytest.raises(ValueError, match=f"`attn_implementation`: '{name}' needs a GPU.*sdpa"):
         load_base(ModelConfig(str(tiny_llama), attn_implementation=name), load_tokenizer(str(tiny_llama)))
     for fine in (None, "sdpa", "eager"):
-        check_attention(fine)
+        assert attention_problem(fine) is None
 
 
 def test_flash_attention_is_taken_from_8_0_on(machine):
     machine((8, 0))
-    check_attention("flash_attention_2")
+    assert attention_problem("flash_attention_2") is None
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -115,6 +115,8 @@ def test_a_4_bit_base_computes_in_the_card_s_precision(machine, loaded_with, cap
     assert quantization.load_in_4bit and quantization.bnb_4bit_quant_type == "nf4"
     assert quantization.bnb_4bit_compute_dtype is dtype and kwargs["dtype"] is dtype
     assert quantization.bnb_4bit_use_double_quant
+    load_base(ModelConfig("base", load_in_4bit=True, bnb_4bit_quant_type="fp4"), TOKENIZER, reward=reward)
+    assert loaded_with[-1]["quantization_config"].bnb_4bit_quant_type == "fp4"
     assert set(quantization.llm_int8_skip_modules) == {"lm_head", "score"}
     assert kwargs["device_map"] == {"": 1}  # this process' own card
     assert kwargs.get("num_labels") == (1 if reward else None)
@@ -124,8 +126,8 @@ def test_a_4_bit_base_computes_in_the_card_s_precision(machine, loaded_with, cap
 
 def test_a_plain_base_is_moved_to_this_process_card(machine, loaded_with):
     machine((7, 5))
-    load_base(ModelConfig("base", "v2", dtype="auto", attn_implementation="eager"), TOKENIZER)
-    expected = {"name": "base", "dtype": torch.float16, "revision": "v2", "attn_implementation": "eager"}
+    load_base(ModelConfig("base", dtype="auto", attn_implementation="eager"), TOKENIZER)
+    expected = {"name": "base", "dtype": torch.float16, "attn_implementation": "eager"}
     assert loaded_with == [expected, {"device": torch.device("cuda:1")}]
 
 
