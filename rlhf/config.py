@@ -448,7 +448,14 @@ def _choices(field: dataclasses.Field, hint: Any) -> tuple[Any, ...] | None:
         # transformers hints these `SchedulerType | str`, which alone would let any string pass
         if isinstance(member, type) and issubclass(member, enum.Enum):
             return tuple(item.value for item in member)
+        if typing.get_origin(member) is typing.Literal:
+            return typing.get_args(member)
     return CHOICES.get(field.name)
+
+
+def _one_of(value: Any, choices: Sequence[Any]) -> str:
+    names = [str(choice) for choice in choices]
+    return f"must be one of {', '.join(names)}{did_you_mean(str(value), names)}"
 
 
 def _inside(value: float, interval: str) -> bool:
@@ -471,7 +478,8 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> Any:
         adapter = TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True))
         checked = adapter.validate_json(json.dumps(value))
     except (ValueError, TypeError):
-        reason = f"must be {_describe(hint)}, not {type(value).__name__}"
+        choices = _choices(field, hint)
+        reason = _one_of(value, choices) if choices else f"must be {_describe(hint)}, not {type(value).__name__}"
         if isinstance(value, float) and float in members:
             reason = "must be a finite number"
         elif isinstance(value, bool) and str in members:
@@ -482,10 +490,9 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> Any:
         for item in checked if isinstance(checked, list) else [checked]:
             item = item.value if isinstance(item, enum.Enum) else item
             if item not in choices:
-                listed = ", ".join(map(str, choices))
                 if field.name == "trust_remote_code":
                     raise ValueError("must be false: code from a model repository is never run")
-                raise ValueError(f"must be one of {listed}{did_you_mean(str(item), map(str, choices))}")
+                raise ValueError(_one_of(item, choices))
     interval = field.metadata.get("range") or RANGES.get(field.name)
     is_number = isinstance(checked, int | float) and not isinstance(checked, bool)
     if interval and is_number and not _inside(checked, interval):
@@ -721,8 +728,7 @@ def _no_reporter(names: str | list[str] | None) -> str | None:
         if name in ("none", "all"):
             continue
         if name not in REPORTERS:
-            known = ("none", "all", *REPORTERS)
-            return f"must be one of {', '.join(known)}{did_you_mean(name, known)}"
+            return _one_of(name, ("none", "all", *REPORTERS))
         if problem := _not_installed(REPORTERS[name]):
             return problem
     return None

@@ -223,6 +223,12 @@ REFUSED = {
     "an empty batch": ("per_device_train_batch_size: 0", "`per_device_train_batch_size`: 0", "[1, inf)"),
     "no accumulation": ("gradient_accumulation_steps: 0", "`gradient_accumulation_steps`: 0", "[1, inf)"),
     "a momentum of one": ("adam_beta2: 1.0", "`adam_beta2`: 1.0", "[0, 1)"),
+    "a decoding nobody has": (
+        "decoding: gready",
+        "`decoding`: 'gready'",
+        "must be one of greedy, sampled; did you mean",
+    ),
+    "a decoding of no text": ("decoding: 3", "`decoding`: 3", "must be one of greedy, sampled"),
     "a misspelt key": ("lora_alfa: 16", "`lora_alfa`: 16", "did you mean `lora_alpha`"),
     "another tool's key": ("max_seq_length: 512", "`max_seq_length`: 512", "`max_length` here"),
     "a key that nothing resembles": ("zzz: 1", "`zzz`: 1", "no such key"),
@@ -237,7 +243,8 @@ REFUSED = {
 def test_refused_by_name_place_and_remedy(tmp_path, name):
     text, start, reason = REFUSED[name]
     file = write(tmp_path / "bad.yaml", f"# first line\n{text}\n")
-    (problem,) = problems((SFTConfig, ModelConfig), ["--config", file])
+    classes = (Loop,) if "decoding" in text else (SFTConfig, ModelConfig)
+    (problem,) = problems(classes, ["--config", file])
     assert problem.startswith(start) and f"({file}:2)" in problem and reason in problem.split("): ", 1)[1]
 
 
