@@ -568,8 +568,10 @@ def parse(
     given.update({key: _Given(value, "command line", None) for key, value in overrides.items()})
 
     misnamed = False
+    meant: set[str] = set()
     for key in [key for key in given if key not in known]:
         entry = given.pop(key)
+        meant.update(difflib.get_close_matches(key.replace("-", "_"), known, n=1), {RENAMED.get(key, key)})
         if RENAMED.get(key) not in known:
             hint = did_you_mean(key.replace("-", "_"), known)
         else:
@@ -590,20 +592,21 @@ def parse(
     if not unreadable:
         problems += _missing(fields, given)
     problems += _unusable(values, fields, given)
+    problems += _absent(values, fields, given)
     problems += _fill_machine(values, fields, given)
     problems += _fill_plan(values, fields, given, before_prepare)
     _fill(values, fields, given, {"use_peft": True})  # what is done; TRL's default for scripts that may do without
-    if problems:
+    if unreadable:  # what its keys would have changed is not known
         raise ConfigError(problems, known if misnamed else ())
 
+    bad = meant | {problem.split("`")[1] for problem in problems}
     configs = []
     for cls in config_classes:
-        try:
-            configs.append(cls(**values[cls]))
-        except (ValueError, TypeError, KeyError, OSError, ImportError, NotImplementedError) as error:
-            problems.append(f"{cls.__name__}: {error}")  # what the class itself checks: combinations of fields
+        built, reasons = _build(cls, values[cls], fields[cls], bad)
+        problems += [f"{cls.__name__}: {_placed(reason, given)}" for reason in reasons]
+        configs.append(built)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, known if misnamed else ())
     for built in configs:
         if hasattr(built, "mixed_precision") and not (built.fp16 or built.bf16):
             built.mixed_precision = "no"  # TrainingArguments takes the launcher's, which knows nothing of this machine
@@ -672,7 +675,7 @@ def _missing(fields: Mapping[type, Mapping[str, dataclasses.Field]], given: Mapp
         name: cls.__name__
         for cls, own in fields.items()
         for name, f in own.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in given
+        if _is_required(f) and name not in given
     }
     return [f"`{name}`: is missing; {owner} needs it" for name, owner in required.items()]
 
@@ -741,6 +744,70 @@ def _no_attention(name: str | None) -> str | None:
 
     module = "flash_attn" if name == "flash_attention_2" else "flash_attn_interface"
     return attention_problem(name) or _not_installed(module)
+
+
+def _absent(
+    values: Mapping[type, Mapping[str, Any]],
+    fields: Mapping[type, Mapping[str, dataclasses.Field]],
+    given: Mapping[str, _Given],
+) -> list[str]:
+    """A problem for each path that nothing lies at, but for those beside the stage's folder: earlier stages make them."""
+    asked = {
+        key: value
+        for cls, own in values.items()
+        for key, value in own.items()
+        if isinstance(value, str) and _is_path(fields[cls][key], value)
+    }
+    output_dir = next((own["output_dir"] for own in values.values() if "output_dir" in own), None)
+    problems = []
+    for key, value in asked.items():
+        path = Path(value).absolute()
+        made = output_dir is None or path.is_relative_to(Path(output_dir).absolute().parent)
+        if not (made or path.exists()):
+            problems.append(f"`{key}`: {value!r} ({given[key].where}): there is nothing there; correct the path")
+    return problems
+
+
+def _is_path(field: dataclasses.Field, value: str) -> bool:
+    """Whether this value must be a path: not one of the words, ids and JSON texts that some fields take beside it."""
+    if field.name == "path" or value.lstrip().startswith("{"):
+        return False  # `path`, a file that a user fetches, is asked for by the reader, which says what should be in it
+    if field.name == "model_name_or_path":
+        return value.startswith(("/", "./", "../"))
+    return field.name in PATHS or bool(field.metadata.get("path"))
+
+
+def _build(
+    cls: type, values: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], bad: set[str]
+) -> tuple[Any, list[str]]:
+    """The configuration, and what the class itself finds wrong in it: combinations of fields.
+
+    Where fields are bad already, their defaults stand in for them, and what names one of them is passed over.
+    """
+    values = {key: value for key, value in values.items() if key not in bad}
+    if bad & {"use_cpu", "bf16", "fp16"}:  # what any machine can do
+        values |= {key: key == "use_cpu" for key in ("use_cpu", "bf16", "fp16") if key in fields}
+    if any(_is_required(field) and name not in values for name, field in fields.items()):
+        return None, []
+    if bad and "use_cpu" in fields and "WORLD_SIZE" in os.environ:
+        return None, []  # TrainingArguments would wait for the other processes, for a run that does not start
+    try:
+        return cls(**values), []
+    except (ValueError, TypeError, KeyError, OSError, ImportError, NotImplementedError) as error:
+        reasons = error.problems if isinstance(error, ConfigError) else [str(error)]
+        return None, [reason for reason in reasons if not bad & set(re.findall(r"\w+", reason))]
+
+
+def _placed(reason: str, given: Mapping[str, _Given]) -> str:
+    """The reason, with the place of the field that it begins with."""
+    name = re.search(r"`(\w+)`", reason)
+    if name is None or name[1] not in given:
+        return reason
+    return reason.replace(name[0], f"{name[0]} ({given[name[1]].where})", 1)
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _machine_defaults() -> dict[str, Any]:

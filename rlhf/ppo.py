@@ -19,7 +19,7 @@ from rlhf.lora import save_adapter, trainable_parameters, use_adapter, with_adap
 from rlhf.model import add_score_head, load_base, load_tokenizer
 from rlhf.persona import with_persona
 from rlhf.ppo_trainer import PPOConfig, PPOTrainer
-from rlhf.record import RunError, check_world_size, launch, stage
+from rlhf.record import check_world_size, launch, stage
 from rlhf.rewards import check_reward_card, load_reward_function
 
 
@@ -33,12 +33,16 @@ class ParentConfig:
         default=None, metadata={"help": "`module:function`, added to the reward adapter's score."}
     )
 
+    def __post_init__(self) -> None:
+        if not (self.reward_adapter or self.reward_function):
+            raise ValueError("`reward_adapter` and `reward_function` are both empty; set one of them")
+        if self.reward_function:
+            load_reward_function(self.reward_function)  # now, not after the stages before this one were trained
+
 
 def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig, model_args: ModelConfig) -> None:
     """Train one adapter; everything it makes lies in `output_dir`."""
     check_world_size(training_args)
-    if not (parents.reward_adapter or parents.reward_function):
-        raise RunError("`reward_adapter` and `reward_function` are both empty. Set one of them.")
     functions = [load_reward_function(parents.reward_function)] if parents.reward_function else []
     folders = {"prepare": data_args.dataset, "sft": parents.sft_adapter, "reward": parents.reward_adapter}
     with stage(

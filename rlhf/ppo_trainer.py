@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from rlhf.chat import reply_text
+from rlhf.config import ConfigError
 from rlhf.generate import generation_config, inference, left_pad, response_mask, sample_ids
 from rlhf.lora import set_trainable, use_adapter
 from rlhf.model import trainable_to_fp32
@@ -91,9 +92,10 @@ class PPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.ddp_find_unused_parameters = False
+        problems = []
         for name, default in (("max_steps", -1), ("num_train_epochs", 3.0)):
             if getattr(self, name) != default:
-                raise ValueError(
+                problems.append(
                     f"`{name}` is {getattr(self, name)}, but the length of PPO is given in replies. Delete it and set "
                     f"`total_episodes`: each {self.rollout_size} of them are a rollout, which lasts "
                     f"{self.steps_per_rollout} optimiser steps."
@@ -101,11 +103,13 @@ class PPOConfig(TrainingArguments):
         for name, strategy in (("save_steps", self.save_strategy), ("eval_steps", self.eval_strategy)):
             steps = getattr(self, name)
             if strategy == "steps" and steps and steps % self.steps_per_rollout:
-                raise ValueError(
+                problems.append(
                     f"`{name}` is {steps}, but a rollout lasts {self.steps_per_rollout} optimiser steps "
                     "(num_ppo_epochs * num_mini_batches) and must not be cut in two. Set it to "
                     f"{max(1, round(steps / self.steps_per_rollout)) * self.steps_per_rollout}."
                 )
+        if problems:
+            raise ConfigError(problems)
 
     @property
     def local_rollout_size(self) -> int:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from rlhf.config import ConfigError
 from rlhf.data import audit, card, describe, duplicates, preferences, quality, scripts, sources, world
 from rlhf.data.sources import DataError, Row
 from rlhf.data.split import characters, split
@@ -127,22 +128,20 @@ class PrepareConfig:
         else:
             foreign += CARD_ONLY + (WORLD_ONLY if self.source != "world" else ())
         changed = [f.name for f in fields(self) if f.name in foreign and getattr(self, f.name) != f.default]
-        if changed:
-            names = ", ".join(f"`{name}`" for name in changed)
-            raise ValueError(
-                f"{names} {'has' if len(changed) == 1 else 'have'} no effect with `source` {self.source!r}; remove"
-            )
+        problems = [f"`{name}` has no effect with `source` {self.source!r}; remove it" for name in changed]
         needed = "dataset_name" if read == "hub" else "path"
         if read != "world" and getattr(self, needed) is None:
-            raise ValueError(f"`{needed}` is None; {read!r} needs to know what to read")
+            problems.append(f"`{needed}` is None; {read!r} needs to know what to read")
         if self.source == "card" and self.card is None:
-            raise ValueError("`card` is None; `source` 'card' needs the character's file")
+            problems.append("`card` is None; `source` 'card' needs the character's file")
         if self.source == "script" and self.character is None:
-            raise ValueError("`character` is None; `source` 'script' needs the speaker whose lines are the replies")
+            problems.append("`character` is None; `source` 'script' needs the speaker whose lines are the replies")
         if self.source in ("script", "question_answer") and not self.persona:
-            raise ValueError(f"`persona` is {self.persona!r}; `source` {self.source!r} has no facts of its own")
+            problems.append(f"`persona` is {self.persona!r}; `source` {self.source!r} has no facts of its own")
         if self.max_turns % 2:
-            raise ValueError(f"`max_turns` must be even, so that a row ends with a reply, got {self.max_turns}")
+            problems.append(f"`max_turns` must be even, so that a row ends with a reply, got {self.max_turns}")
+        if problems:
+            raise ConfigError(problems)
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:

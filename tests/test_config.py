@@ -429,7 +429,67 @@ def test_all_problems_at_once_with_the_known_names(tmp_path):
 
 def test_a_combination_that_the_class_itself_refuses():
     (problem,) = problems((PPOConfig,), ["--output_dir=runs/x", "--max_steps=5"])
-    assert problem.startswith("PPOConfig: `max_steps` is 5, but the length of PPO is given in replies.")
+    assert problem.startswith("PPOConfig: `max_steps` (command line) is 5, but the length of PPO is given in replies.")
+
+
+@dataclasses.dataclass
+class Halves:
+    """A class with two checks of its own, one of which needs both fields."""
+
+    whole: int = dataclasses.field(default=4, metadata={"range": "[1, inf)"})
+    half: int = 2
+    even: int = 0
+
+    def __post_init__(self):
+        found = [f"`half` is {self.half}, not half of whole"] if 2 * self.half != self.whole else []
+        found += [f"`even` is {self.even}, which is odd"] if self.even % 2 else []
+        if found:
+            raise ConfigError(found)
+
+
+def names(found):
+    return [problem.split("`")[1] for problem in found]
+
+
+def test_what_a_class_finds_is_said_together_with_what_is_wrong_in_its_fields(tmp_path):
+    assert names(problems((Halves,), ["--half=3", "--even=1"])) == ["half", "even"]
+    # no consequence of the default that stands in for the wrong value
+    assert names(problems((Halves,), ["--half=3", "--even=1", "--whole=0"])) == ["whole", "even"]
+    assert names(problems((Halves,), ["--whol=6", "--half=3", "--even=1"])) == ["whol", "even"]
+    file = write(tmp_path / "a.yaml", "half: 2\neven: 1\n")
+    assert problems((Halves,), ["--config", file]) == [f"Halves: `even` ({file}:2) is 1, which is odd"]
+    (problem,) = problems((Halves,), ["--config", file, "--config", "nowhere.yaml"])
+    assert problem.startswith("`nowhere.yaml`: no such file")
+
+
+def test_ppo_s_rollout_and_its_coefficient_are_refused_together():
+    argv = ["--output_dir=runs/x", "--kl_coef=-1", "--save_steps=7", "--max_steps=5"]
+    assert names(problems((PPOConfig,), argv)) == ["kl_coef", "max_steps", "save_steps"]
+    # a rollout lasts as many steps as num_ppo_epochs says, which is wrong here
+    assert names(problems((PPOConfig,), [*argv, "--num_ppo_epochs=0"])) == ["kl_coef", "num_ppo_epochs", "max_steps"]
+    assert names(problems((PPOConfig,), ["--output_dir=runs/x", "--fp16=true", "--save_steps=7"])) == [
+        "fp16",
+        "save_steps",
+    ]
+
+
+def test_a_path_that_no_stage_makes_must_be_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    text = "output_dir: runs/mine/sft\nlora_r: 0\ndataset: /nope\nmodel_name_or_path: ./no_base\n"
+    file = write(tmp_path / "a.yaml", text)
+    found = problems((DataConfig, SFTConfig, ModelConfig), ["--config", file])
+    assert sorted(names(found)) == ["dataset", "lora_r", "model_name_or_path"]
+    assert f"`dataset`: '/nope' ({file}:3): there is nothing there; correct the path" in found
+    classes = (DataConfig, Loop, ModelConfig)
+    file = write(
+        tmp_path / "b.yaml", "output_dir: runs/mine/sft\ndataset: runs/mine/prepare\nmodel_name_or_path: ./base\n"
+    )
+    parse(classes, ["--config", file])  # the stage prepare may yet make its folder
+    parse(classes, ["--config", file, "--model_name_or_path=org/name"])
+    assert names(problems(classes, ["--config", file, "--dataset=runs/other/prepare"])) == ["dataset"]
+    (tmp_path / "runs" / "other" / "prepare").mkdir(parents=True)
+    parse(classes, ["--config", file, "--dataset=runs/other/prepare"])
 
 
 def test_an_unusual_rank_warns(caplog):
@@ -721,7 +781,7 @@ def test_merge_is_deep_and_leaves_its_inputs_alone():
 def test_saved_file_is_read_back_equal(tmp_path, classes):
     recipe = "output_dir: runs/x\nlearning_rate: 1e-5\n"
     if ModelConfig in classes:
-        recipe += "dataset: data\nlora_target_modules: all-linear\nlr_scheduler_kwargs: {min_lr: 1e-6}\n"
+        recipe += "dataset: runs/data\nlora_target_modules: all-linear\nlr_scheduler_kwargs: {min_lr: 1e-6}\n"
     configs = parse(classes, ["--config", write(tmp_path / "a.yaml", recipe), "--seed", "3"])
     saved = tmp_path / "runs" / "config.yaml"
     save(configs, saved)

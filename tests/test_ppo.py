@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 from trl import ModelConfig
 
 import rlhf.ppo_trainer
+from rlhf.config import ConfigError, parse
 from rlhf.data.columns import load_rows, prompt_columns
 from rlhf.generate import left_pad
 from rlhf.lora import with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer
+from rlhf.pipeline import config_classes
 from rlhf.ppo_trainer import VALUE_HEAD_FILE, PPOConfig, PPOTrainer, RatioError, RolloutSampler, _as_batch
 from rlhf.rewards import persona_rule, score_ids
 
@@ -55,6 +57,28 @@ def make_trainer(tiny_llama, sft_run, dataset, tmp_path):
 
 def some_rows(trainer, count=4):
     return [trainer.train_dataset[index] for index in range(count)]
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "`reward_adapter` and `reward_function` are both empty; set one of them"),
+        (
+            ["--reward_function=rlhf.rewards:persona_rul"],
+            "`reward_function` (command line) is 'rlhf.rewards:persona_rul'",
+        ),
+        (["--reward_function=no_such_module:f", "--reward_adapter=runs/x/reward"], "No module named 'no_such_module'"),
+    ],
+)
+def test_a_reward_that_cannot_be_had_is_refused_before_any_stage_runs(words, reason):
+    argv = ["--output_dir=runs/x/ppo", "--dataset=runs/x/prepare", "--sft_adapter=runs/x/sft", "--kl_coef=-1", *words]
+    with pytest.raises(ConfigError) as caught:
+        parse(config_classes("ppo"), argv, "ppo")
+    kl_coef, parents = caught.value.problems
+    assert kl_coef.startswith("`kl_coef`") and parents.startswith("ParentConfig: ") and reason in parents
 
 
 # Roles
