@@ -27,6 +27,7 @@ from evaluation.probes import persona_consistency, score_reply
 from evaluation.ranking import candidate_hits
 from evaluation.score import independent, metric_row, score_rows
 from rlhf.chat import render
+from rlhf.config import ConfigError, did_you_mean
 from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
 from rlhf.generate import generate
 from rlhf.lora import use_adapter, with_adapter
@@ -59,10 +60,15 @@ class EvaluateConfig:
         default=None, metadata={"help": "Facts probed of a persona, drawn by the seed.", "range": "[1, inf)"}
     )
     max_new_tokens: int = field(default=32, metadata={"help": "Longest reply.", "range": "[1, inf)"})
-    max_length: int = field(default=1024, metadata={"help": "Longest prompt; older turns are dropped."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampled decoding; the other one is greedy."})
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest prompt; older turns are dropped.", "range": "[1, inf)"}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Of the sampled decoding; the other one is greedy.", "range": "(0, inf)"}
+    )
     distinct_tokens: int = field(
-        default=10_000, metadata={"help": "Tokens that distinct-n is taken over; comparable at one number only."}
+        default=10_000,
+        metadata={"help": "Tokens that distinct-n is taken over; comparable at one number only.", "range": "[1, inf)"},
     )
     max_ranked: int | None = field(
         default=500, metadata={"help": "Replies that hits@1 ranks, drawn by the seed.", "range": "[1, inf)"}
@@ -71,13 +77,22 @@ class EvaluateConfig:
         default=None, metadata={"help": "Folder or name of an NLI classifier; there is no C-score without."}
     )
     batch_size: int = field(default=64, metadata={"help": "Replies decoded together.", "range": "[1, inf)"})
-    seed: int = field(default=0, metadata={"help": "Of sampling and resampling."})
+    seed: int = field(default=0, metadata={"help": "Of sampling and resampling.", "range": "[0, 4294967295]"})
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
+        problems = []
         odd = [name for name, path in self.systems.items() if path is None and name not in ("base", *RULES)]
         if odd:
-            raise ValueError(f"`systems`: {', '.join(odd)} has no adapter; null is for base, {', '.join(RULES)} only")
+            problems.append(f"`systems`: {', '.join(odd)} has no adapter; null is for base, {', '.join(RULES)} only")
+        # The default need not be there: without it no KL is measured.
+        if self.reference_system not in self.systems and self.reference_system != "sft":
+            problems.append(
+                f"`reference_system` is {self.reference_system!r}, but `systems` has {', '.join(self.systems)}"
+                f"{did_you_mean(self.reference_system, self.systems)}"
+            )
+        if problems:
+            raise ConfigError(problems)
 
 
 def main(args: EvaluateConfig, model_args: ModelConfig) -> None:

@@ -16,6 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
+from evaluation.run import EvaluateConfig
 from rlhf import config
 from rlhf.config import (
     ConfigError,
@@ -490,6 +491,26 @@ def test_a_path_that_no_stage_makes_must_be_there(tmp_path, monkeypatch):
     assert names(problems(classes, ["--config", file, "--dataset=runs/other/prepare"])) == ["dataset"]
     (tmp_path / "runs" / "other" / "prepare").mkdir(parents=True)
     parse(classes, ["--config", file, "--dataset=runs/other/prepare"])
+
+
+@pytest.mark.parametrize(
+    ("word", "problem"),
+    [
+        ("--distinct_tokens=-5", "`distinct_tokens`: '-5' (command line): must lie in [1, inf)"),
+        ("--max_length=0", "`max_length`: '0' (command line): must lie in [1, inf)"),
+        ("--temperature=-1", "`temperature`: '-1' (command line): must lie in (0, inf)"),
+        ("--seed=-1", "`seed`: '-1' (command line): must lie in [0, 4294967295]"),
+        (
+            "--reference_system=sfft",
+            "EvaluateConfig: `reference_system` (command line) is 'sfft', but `systems` has base, sft; did you mean `sft`?",
+        ),
+    ],
+)
+def test_the_evaluation_s_settings_have_ranges_and_its_reference_is_a_system(word, problem):
+    argv = ["--dataset=runs/x/prepare", "--output_dir=runs/x/evaluate", "--systems={base: null, sft: runs/x/sft}"]
+    assert problems((EvaluateConfig,), [*argv, word]) == [problem]
+    (evaluation,) = parse((EvaluateConfig,), [*argv, "--reference_system=base"])
+    assert evaluation.reference_system == "base"
 
 
 def test_an_unusual_rank_warns(caplog):
