@@ -128,7 +128,12 @@ class PrepareConfig:
         else:
             foreign += CARD_ONLY + (WORLD_ONLY if self.source != "world" else ())
         changed = [f.name for f in fields(self) if f.name in foreign and getattr(self, f.name) != f.default]
-        problems = [f"`{name}` has no effect with `source` {self.source!r}; remove it" for name in changed]
+        problems = []
+        if changed:
+            names = ", ".join(f"`{name}`" for name in changed)
+            problems.append(
+                f"{names} {'has' if len(changed) == 1 else 'have'} no effect with `source` {self.source!r}; remove"
+            )
         needed = "dataset_name" if read == "hub" else "path"
         if read != "world" and getattr(self, needed) is None:
             problems.append(f"`{needed}` is None; {read!r} needs to know what to read")
