@@ -59,11 +59,12 @@ def test_good_data_passes(stage, configs, adapter):
     preflight(stage, configs(stage, **parents))
 
 
+# Both folders lie beside the stage's own, where an earlier stage may make them: elsewhere the parser refuses them.
 @pytest.mark.parametrize(
     ("values", "name", "detail"),
     [
-        ({"dataset": "nowhere"}, "data", "The stage `prepare` makes it"),
-        ({"model_name_or_path": "./nowhere"}, "format", "`model_name_or_path`"),
+        ({"dataset": "nowhere", "output_dir": "run"}, "data", "The stage `prepare` makes it"),
+        ({"model_name_or_path": "./nowhere", "output_dir": "run"}, "format", "`model_name_or_path`"),
         ({"max_length": 40}, "length", "With `max_length`"),
     ],
 )
