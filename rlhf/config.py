@@ -20,6 +20,7 @@ The rules:
 - A path in a file is relative to that file, except `output_dir` and whatever begins with `runs/`, which are relative to
   the current directory, as everything on the command line is. Where a hub id is possible too (`model_name_or_path`), a
   path begins with `./`, `../` or `/`.
+- A path that is set must exist, but for those beside `output_dir`, which earlier stages make, and `path` of prepare.
 - Precision and device, where nobody names them, are what the machine can do (`rlhf.model.machine_defaults`).
 - With `plan_by_size: true` the keys of `rlhf.plan`, where nobody names them, are what the rows and the GPUs ask for.
 
@@ -120,6 +121,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 # Fields of TRL's ModelConfig that nothing here reads: why another value than the default is refused, and the remedy.
+# `lora_r` and its like are not refused for DPO and PPO, where the SFT adapter goes on with its own: recipe.yaml may set
+# them for all stages.
 NO_EFFECT = {
     "model_revision": "would reach the weights alone, not the tokenizer nor `rlhf chat`; fetch the revision with `hf "
     "download NAME --revision REVISION --local-dir FOLDER`, and give the folder as `model_name_or_path`",
