@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     chat.add_argument("adapter", type=Path, metavar="RUN|ADAPTER", help="a folder such as runs/demo/ppo")
     chat.add_argument("--fact", action="append", metavar="TEXT", help="a fact of the persona; may be repeated")
     chat.add_argument("--model_name_or_path", metavar="BASE", help="where its base is, if it was moved")
-    chat.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
+    chat.add_argument("--temperature", type=_not_negative, default=0.0, help="0 decodes greedily")
     chat.add_argument("--max_new_tokens", type=int, default=64)
     chat.set_defaults(command=_chat)
 
@@ -99,6 +99,13 @@ def _keys(words: Sequence[str]) -> dict[str, Any]:
         if not word.startswith("--") or keys[key] is None:
             raise ConfigError([f"`{word}` (command line): write --key value, as in --dataset runs/demo/prepare"])
     return keys
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not value >= 0:  # NaN too
+        raise argparse.ArgumentTypeError(f"must be 0 (greedy) or more, got {text}")
+    return value
 
 
 def _chat(arguments: argparse.Namespace) -> None:

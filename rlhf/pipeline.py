@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from evaluation.report import write_report
 from rlhf.check import FILES, preflight
-from rlhf.config import STAGES, ConfigError, dumps, load_recipe, num_gpus, parse, values_of
+from rlhf.config import STAGES, ConfigError, did_you_mean, dumps, load_recipe, num_gpus, parse, values_of
 from rlhf.files import folder_hash
 from rlhf.record import RunError, base_hash, movable, read_record
 
@@ -136,11 +136,13 @@ def plan(recipe: Path, tiny: bool, until: str | None, root: Path, overrides: Map
     problems: list[str] = []
     steps: list[Step] = []
     used: set[str] = set()
+    every: set[str] = set()
     trained_base: Path | None = None
     for stage in stages:
         files = [recipe / f"{stage}.yaml", *([recipe / "tiny.yaml"] if tiny else [])]
         classes = config_classes(stage)
         known = {field.name for cls in classes for field in fields(cls)}
+        every |= known
         values = {key: value for file in files for key, value in load_recipe(file, stage).items()}
         moved = _moved(values, f"runs/{recipe.resolve().name}", root)
         if trained_base is not None and "model_name_or_path" in known:
@@ -167,7 +169,7 @@ def plan(recipe: Path, tiny: bool, until: str | None, root: Path, overrides: Map
         steps.append(Step(stage, argv, configs, folder))
         if stage == "base" and configs[0].retrain:
             trained_base = folder
-    problems += [f"`{name}` (--set): no stage of this recipe knows it" for name in overrides if name not in used]
+    problems += [_unknown(name, stages, every) for name in overrides if name not in used]
     if problems:
         raise ConfigError(problems)
     last = stages.index(until) if until else len(stages)
@@ -185,6 +187,14 @@ def config_classes(stage: str) -> tuple[type, ...]:
     """The dataclasses that configure a stage: those that its `main` takes, in order."""
     main = importlib.import_module(MODULES[stage]).main
     return tuple(hint for name, hint in main.__annotations__.items() if name != "return")
+
+
+def _unknown(name: str, stages: list[str], known: set[str]) -> str:
+    """What is wrong with a name that no stage took."""
+    target, _, key = name.rpartition(".")
+    if target and target not in stages:
+        return f"`{name}` (--set): no stage {target!r}{did_you_mean(target, stages)}; there are {', '.join(stages)}"
+    return f"`{name}` (--set): no stage of this recipe knows it{did_you_mean(key, known)}"
 
 
 def _moved(values: Mapping[str, Any], old: str, root: Path) -> dict[str, Any]:

@@ -22,9 +22,11 @@ def test_help_names_the_commands(capsys):
         (["run", "recipes/none"], "is no recipe"),
         (["run", "recipes/demo", "--set", "seed"], "--set stage.key=value"),
         (["run", "recipes/demo", "--set", "sft.sed=1"], "did you mean `seed`"),
-        (["run", "recipes/demo", "--set", "sed=1"], "`sed` (--set): no stage of this recipe knows it"),
+        (["run", "recipes/demo", "--set", "sed=1"], "`sed` (--set): no stage of this recipe knows it; did you mean `seed`"),
+        (["run", "recipes/demo", "--set", "sfft.lora_r=4"], "no stage 'sfft'; did you mean `sft`?; there are prepare"),
         (["run", "recipes/demo", "--until", "deploy"], "invalid choice: 'deploy'"),
         (["chat", "recipes/demo"], "neither a run of a recipe nor a training stage"),
+        (["chat", "recipes/demo", "--temperature", "-1"], "must be 0 (greedy) or more, got -1"),
         (["deploy"], "invalid choice: 'deploy'"),
     ],
 )
