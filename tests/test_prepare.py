@@ -236,7 +236,7 @@ def test_the_command_writes_a_record_and_names_errors_without_a_traceback(tmp_pa
     for argv, message in (
         (["--path", str(tmp_path / "none.csv")], "none.csv (No such file or directory)"),
         (["--seed", "x"], "`seed`"),
-        (["--max_turns", "3"], "`max_turns` must be even, so that a row ends with a reply, got 3"),
+        (["--max_turns", "3"], "`max_turns` (command line) must be even, so that a row ends with a reply, got 3"),
         (["--source", "wordl"], "`source`"),
         (["--sourc", "world"], "did you mean `source`"),
     ):
