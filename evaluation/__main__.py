@@ -34,6 +34,12 @@ def make_parser() -> argparse.ArgumentParser:
     reporter = commands.add_parser("report", help="write report.md and index.html from run folders")
     reporter.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder such as runs/demo")
     reporter.add_argument("--output", type=Path, required=True, metavar="DIR")
+    reporter.add_argument(
+        "--compare",
+        type=Path,
+        metavar="OTHER_RUN",
+        help="paired differences of RUN less this one, on the same prompts",
+    )
     reporter.set_defaults(command=_report)
 
     for command in (scorer, reporter):
@@ -66,7 +72,7 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    print(write_report(arguments.runs, arguments.output))
+    print(write_report(arguments.runs, arguments.output, arguments.compare))
 
 
 if __name__ == "__main__":

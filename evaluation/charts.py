@@ -44,7 +44,12 @@ def hue_of(system: System, systems: list[System]) -> str:
 
 
 def _chart(name: str, caption: str, draw: Callable[[Axes, dict[str, str]], None], height: float) -> Chart:
-    """Draw twice: for the page as SVG in CSS variables, and as PNG on white for `report.md`."""
+    """[`_panels`] of one."""
+    return _panels(name, caption, [draw], height)
+
+
+def _panels(name: str, caption: str, draws: list[Callable[[Axes, dict[str, str]], None]], height: float) -> Chart:
+    """Draw twice, one panel above the other: for the page as SVG in CSS variables, and as PNG for `report.md`."""
     name = re.sub(r"\W+", "_", name)  # folder names get into it, and it becomes a file name and ids
     settings: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 9, "axes.titlesize": 9,
@@ -54,16 +59,18 @@ def _chart(name: str, caption: str, draw: Callable[[Axes, dict[str, str]], None]
         drawn = {}
         for kind, palette in (("svg", MARKERS), ("png", LIGHT)):
             figure = Figure(figsize=(4.4, height), layout="constrained")
-            axes = figure.subplots()
-            axes.tick_params(colors=palette["muted"], labelcolor=palette["ink"], width=0.6, length=3)
-            for spine in axes.spines.values():
-                spine.set_color(palette["muted"])
-            axes.set_axisbelow(True)
-            draw(axes, palette)
+            column = figure.subplots(len(draws), 1, sharex=True, squeeze=False)[:, 0]
+            for axes, draw in zip(column, draws, strict=True):
+                axes.tick_params(colors=palette["muted"], labelcolor=palette["ink"], width=0.6, length=3)
+                for spine in axes.spines.values():
+                    spine.set_color(palette["muted"])
+                axes.set_axisbelow(True)
+                draw(axes, palette)
             buffer = io.BytesIO()
             if kind == "svg":
                 figure.patch.set_visible(False)
-                axes.patch.set_visible(False)
+                for axes in column:
+                    axes.patch.set_visible(False)
                 figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
             else:
                 figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
@@ -155,9 +162,34 @@ def turn_lines(
     return _chart(name, caption, draw, 3.0)
 
 
-def curve(name: str, caption: str, lines: dict[str, list[tuple[float, float]]]) -> Chart:
-    """Lines over steps; the second, where there is one, is the held-out line in full ink."""
+Lines = dict[str, list[tuple[float, float]]]
 
+
+def curve(name: str, caption: str, lines: Lines) -> Chart:
+    """Lines over steps; the held-out line, where there is one, in full ink."""
+    return stacked(name, caption, {"": lines}, [], 2.3)
+
+
+def stacked(
+    name: str, caption: str, panels: dict[str, Lines], measured: list[tuple[float, Score]], height: float
+) -> Chart:
+    """Panels over the same steps, by title.
+
+    Args:
+        panels: lines of each; the held-out ones in full ink.
+        measured: shares with their intervals, drawn in percent into the last panel.
+    """
+    return _panels(
+        name, caption,
+        [_over_steps(title, lines, measured if place == len(panels) - 1 else [], place == len(panels) - 1)
+         for place, (title, lines) in enumerate(panels.items())],
+        height,
+    )  # fmt: skip
+
+
+def _over_steps(
+    title: str, lines: Lines, measured: list[tuple[float, Score]], lowest: bool
+) -> Callable[[Axes, dict[str, str]], None]:
     def draw(axes: Axes, palette: dict[str, str]) -> None:
         for label, points in lines.items():
             held_out = label == "held-out"
@@ -171,7 +203,16 @@ def curve(name: str, caption: str, lines: dict[str, list[tuple[float, float]]]) 
                 label=label,
             )
         axes.grid(axis="y", color=palette["grid"], linewidth=0.6)
-        axes.set_xlabel("step", color=palette["muted"])
+        for step, score in measured:
+            if score.low is not None and score.high is not None:
+                axes.plot([step] * 2, [100 * score.low, 100 * score.high], color=palette["ink"], linewidth=1.4)
+            axes.plot([step], [100 * score.value], color=palette["ppo"], marker="D", markersize=4)
+        if measured:
+            axes.set_ylim(-4, 104)
+        if title:
+            axes.set_title(title, loc="left", color=palette["ink"])
+        if lowest:
+            axes.set_xlabel("step", color=palette["muted"])
         axes.margins(x=0.02)
         if len(lines) > 1:
             axes.legend(
@@ -183,4 +224,4 @@ def curve(name: str, caption: str, lines: dict[str, list[tuple[float, float]]]) 
                 ncols=2,
             )
 
-    return _chart(name, caption, draw, 2.3)
+    return draw

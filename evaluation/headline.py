@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from evaluation.charts import CLAIM, hue_of
-from evaluation.results import ANCHORS, FLOORS, HEADLINE, Score, System
+from evaluation.results import ANCHORS, ATTACKS, FLOORS, HEADLINE, Score, System
 
 ROLES = {
     "base": "before persona training",
@@ -16,7 +16,18 @@ ROLES = {
     "oracle": "ceiling: right by construction",
     "wrong_persona": "floor: reads another persona",
     "silence": "floor: says nothing",
+    "recite_all": "attack: recites the persona",
+    "recite_one": "attack: recites one fact",
+    "recite_two": "attack: recites two facts",
+    "deny": "attack: denies what is asked",
+    "keyword_salad": "attack: the persona's words, shuffled",
+    "generic_question": "attack: asks back",
+    "repeat_last_line": "attack: repeats the question",
+    "agree": "attack: yes to everything",
+    "no_value": "attack: “no, <the fact>” to everything",
 }
+# What a replier by rule may score before the probes themselves are in doubt.
+CEILING_LEAST, OTHER_PERSONA_BELOW, DEGENERATE_BELOW = 0.95, 0.5, 0.35
 # A persona score is easily bought with replies that nobody wants: these must stay near the yardstick system.
 # (metric, name, how it is compared, lowest, highest); shares are differences, quantities are ratios.
 GUARDS = (
@@ -41,6 +52,8 @@ class Table(NamedTuple):
 
     columns: list[str]
     rows: list[list[Cell]]
+    title: str = ""
+    folded: bool = False  # behind its title on the page, until it is clicked
 
 
 def percent(score: Score) -> str:
@@ -136,22 +149,74 @@ def _guard_cell(system: System, systems: list[System]) -> Cell:
     return Cell("all pass", "", "good")
 
 
-def _claim_cell(system: System) -> Cell:
+def _limit(system: System) -> tuple[str, bool] | None:
+    """The limit of a replier by rule, and whether it holds; None for what has no limit."""
+    score = system.metrics.get(HEADLINE)
+    if system.name not in ANCHORS or score is None:
+        return None
+    if system.name == "oracle":
+        return f"at least {100 * CEILING_LEAST:.0f} %", score.value >= CEILING_LEAST
+    below = OTHER_PERSONA_BELOW if system.name == "wrong_persona" else DEGENERATE_BELOW
+    return f"below {100 * below:.0f} %", score.value < below
+
+
+def broken_rungs(systems: list[System]) -> list[str]:
+    """A sentence for each replier by rule that is beyond its limit: the probes of its run cannot be trusted."""
+    return [
+        f"LADDER BROKEN: {system.label} keeps {percent(system.metrics[HEADLINE])} of the facts, and its limit is "
+        f"{limit[0]}. The probes of this run can be gamed: no persona consistency in it counts."
+        for system in systems
+        if (limit := _limit(system)) and not limit[1]
+    ]
+
+
+def ladder_table(systems: list[System]) -> Table:
+    """Everything that was probed, from the highest consistency to the lowest, with the limits of repliers by rule.
+
+    The keyword score stands beside it: it is what a parrot wins.
+    """
+    rows = []
+    measured = [system for system in systems if HEADLINE in system.metrics]
+    for system in sorted(measured, key=lambda system: -system.metrics[HEADLINE].value):
+        score, limit, keywords = system.metrics[HEADLINE], _limit(system), system.metrics.get("keyword_score")
+        verdict = Cell("–")
+        if limit:
+            verdict = Cell("holds", "", "good") if limit[1] else Cell("BROKEN", "", "bad")
+        rows.append(
+            [
+                Cell(system.label, ROLES.get(system.name, "")),
+                share_cell(score),
+                Cell(limit[0] if limit else "–"),
+                verdict,
+                Cell(plain(keywords.value), plain_interval(keywords)) if keywords else Cell("–"),
+            ]
+        )
+    return Table(["System", "Facts kept", "Limit", "Verdict", "Keyword score, for contrast"], rows)
+
+
+def _claim_cell(system: System, systems: list[System]) -> Cell:
     score = system.metrics.get(HEADLINE)
     if system.name in ANCHORS or score is None:
         return Cell("–")
+    if broken_rungs([other for other in systems if other.run == system.run]):
+        return Cell("not shown", "ladder broken", "bad")
     if _claimed(score):
         return Cell("≥ 85 %", "lower bound reaches 85", "good")
     return Cell("not shown", "no interval" if score.low is None else "lower bound below 85")
 
 
+def without_attacks(systems: list[System]) -> list[System]:
+    """What the sections other than the ladder show: of the repliers by rule only floors and ceiling."""
+    return [system for system in systems if system.name not in ATTACKS]
+
+
 def headline_table(systems: list[System]) -> Table:
-    """Persona consistency of every system, with what may be claimed and whether the guards hold."""
+    """Persona consistency of models, floor and ceiling, with what may be claimed and whether the guards hold."""
     columns = ["System", "Greedy", "95 % interval", "Sampled", "≥ 85 %", "Guards"]
     rows: list[list[Cell]] = []
     if not any(HEADLINE in system.metrics for system in systems):
         return Table(columns, rows)
-    for system in systems:
+    for system in without_attacks(systems):
         score = system.metrics.get(HEADLINE)
         rows.append(
             [
@@ -159,7 +224,7 @@ def headline_table(systems: list[System]) -> Table:
                 Cell(percent(score) if score else "–"),
                 Cell(percent_interval(score), f"n {span([score.n])}") if score else Cell("–"),
                 share_cell(system.metrics.get(f"{HEADLINE}_sampled"), with_n=True),
-                _claim_cell(system),
+                _claim_cell(system, systems),
                 _guard_cell(system, systems),
             ]
         )
@@ -207,11 +272,12 @@ def find_lead(systems: list[System]) -> dict[str, Any] | None:
         if other and other is not best and HEADLINE in other.metrics:
             role = ROLES[name].split(":")[0] if name in ANCHORS else ""
             beside.append((f"{role} {name}".strip(), percent(other.metrics[HEADLINE])))
-    verdict = (
-        "The lower bound reaches 85 %: this system keeps ≥ 85 % of persona facts."
-        if _claimed(score)
-        else "The lower bound does not reach 85 %, so “≥ 85 %” is not claimed."
-    )
+    claim = _claim_cell(best, systems)
+    verdict = "The lower bound does not reach 85 %, so “≥ 85 %” is not claimed."
+    if claim.mark == "good":
+        verdict = "The lower bound reaches 85 %: this system keeps ≥ 85 % of persona facts."
+    elif claim.mark == "bad":
+        verdict = "The ladder is broken, so “≥ 85 %” is not claimed."
     if guard.mark == "bad":
         verdict += f" {guard.text} ({guard.note})."
     elif guard.text == "not checked":
@@ -222,6 +288,8 @@ def find_lead(systems: list[System]) -> dict[str, Any] | None:
             " (those that fail a guard go last)."
         )
     return {
+        "system": best,
+        "claimed": claim.mark == "good",
         "label": best.label,
         "value": percent(score),
         "interval": percent_interval(score),

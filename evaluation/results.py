@@ -17,7 +17,13 @@ from rlhf.config import STAGES
 HEADLINE = "persona_consistency"
 TRAINED = ("base", "sft", "dpo", "ppo")
 FLOORS = ("wrong_persona", "silence")
-ANCHORS = ("oracle", *FLOORS)  # fixed repliers, shown after everything trained
+# Bots that win some metric without being consistent (a ladder of them is a system each of a run, where it has them).
+ATTACKS = (
+    "recite_all", "recite_one", "recite_two", "deny", "keyword_salad", "generic_question", "repeat_last_line", "agree",
+    "no_value",
+)  # fmt: skip
+ANCHORS = ("oracle", *FLOORS, *ATTACKS)  # fixed repliers, shown after everything trained
+APART = "probes_apart"  # the breakdown's name of probes that do not count for the headline
 
 
 class Score(NamedTuple):
@@ -83,8 +89,9 @@ def load_runs(runs: list[Path]) -> tuple[list[System], list[Stage], list[str]]:
             if metadata.get("status", "done") != "done":
                 error = f", {metadata['error']}" if "error" in metadata else ""
                 missing.append(f"{prefix}{name} did not finish: status `{metadata['status']}`{error}")
-        folders = (path.name for path in run.glob("evaluate/*") if path.is_dir())
-        for name in ordered(TRAINED, folders, ANCHORS):
+        found = {path.name for path in run.glob("evaluate/*") if path.is_dir()}
+        anchors = [name for name in ANCHORS if name in found or name not in ATTACKS]  # attacks are no recipe's duty
+        for name in ordered(TRAINED, found, anchors):
             results = _read_json(run, f"evaluate/{name}/results.json", prefix, missing)
             if results:
                 systems.append(_system(run, title, name, results, prefix, missing))
@@ -111,7 +118,9 @@ def _system(run: Path, title: str, name: str, results: dict[str, Any], prefix: s
         missing.append(f"{prefix}no {HEADLINE} in {folder}/results.json")
     metrics = {metric: score for metric, score in scores.items() if score}
     breakdown = [
-        (row, score) for row in results.get("breakdown", []) if row["metric"] == HEADLINE and (score := _score(row))
+        (row, score)
+        for row in results.get("breakdown", [])
+        if row["metric"] in (HEADLINE, APART) and (score := _score(row))
     ]
     shares = [metrics[key] for key in (HEADLINE, f"{HEADLINE}_sampled") if key in metrics]
     for score in (*shares, *(score for _, score in breakdown)):
