@@ -43,7 +43,7 @@ class Reply(NamedTuple):
     text: str
     right: bool | None
     reason: str
-    """Why it is wrong, after the probes' rule."""
+    """Why it is wrong, by the probes' rule; or that the recorded verdict is of another version of the rule."""
     marks: list[Mark]
 
 
@@ -76,6 +76,8 @@ def probe_marks(row: Row, reply: str, known: Vocabulary) -> list[Mark]:
     reason = why(row, reply)
     if row["kind"] == "true_suggestion" and not reason and not marks:
         marks.append(Mark("supported", f"{row['slot']}: {row['value']}, by its yes"))
+    if row["kind"] == "true_suggestion" and "rejects the right suggestion" in reason:
+        marks.append(Mark("contradicted", f"{row['slot']}: rejects {row['value']}"))
     if row["kind"] == "false_suggestion" and "agrees with the suggestion" in reason:
         marks.append(Mark("contradicted", f"{row['slot']}: agrees to {row['foil']}, not {row['value']}"))
     for value in sorted(value for value, mention in spoken.items() if mention.asserted):
@@ -109,7 +111,7 @@ def choose_dialogues(systems: list[System], focus: str | None) -> dict[str, Any]
     answers: dict[str, dict[str, Row]] = {}
     for key in (_probe_key, _dialogue_key):
         for system in systems:
-            own = {name: row for row in system.replies if (name := key(row)) is not None}
+            own: dict[str, Row] = {name: row for row in system.replies if (name := key(row)) is not None}
             if own:
                 answers[system.label] = own
         if answers:
@@ -148,7 +150,12 @@ def _note(rows: Iterable[Row]) -> str:
 def _reply(label: str, row: Row, known: Vocabulary) -> Reply:
     text, right = row.get("response", ""), row.get("correct")
     if "persona_values" in row:
-        return Reply(label, text, right, why(row, text) if right is False else "", probe_marks(row, text, known))
+        reason = why(row, text)  # of this version, which the recorded verdict may be older than
+        if right is False and not reason:
+            reason = "recorded as wrong; the rules of this version find nothing wrong"
+        elif right and reason:
+            reason = f"recorded as right; by the rules of this version: {reason}"
+        return Reply(label, text, right, reason, probe_marks(row, text, known))
     return Reply(label, text, right, "", sentence_marks(row.get("persona", []), text))
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from evaluation import METRICS
 from evaluation.compare import compare, system_items
-from evaluation.headline import Cell, Table, find_lead, plain
+from evaluation.headline import Cell, Table, find_lead, percent_interval, plain
 from evaluation.intervals import NUM_TRIALS, holm
-from evaluation.results import ANCHORS, HEADLINE, System
+from evaluation.results import ANCHORS, HEADLINE, Score, System
 from evaluation.sections import Section
 
 # Chosen before looking: what has a better end. A descriptive number differs for good reasons or bad ones.
@@ -48,7 +48,7 @@ def difference_section(run: Path, other: Path, systems: list[System], others: li
         )
         notes += _headline_words(title, rows)
         table = [_row(metric, row, adjusted[(mine, theirs), metric]) for metric, row in rows.items()]
-        heads = ["Metric", name, other_name, "Difference", "p (Holm)", "Effect", "In words"]
+        heads = ["Metric", "Difference", "In words", "p (Holm)", "Effect", name, other_name]
         tables.append(Table(heads, table, title, folded=bool(tables)))
     return Section(f"{name} against {other_name}", notes, [], tables)
 
@@ -57,9 +57,10 @@ def _pairs(systems: list[System], others: list[System], notes: list[str]) -> lis
     """Systems of the same name; where there are none, the two that lead."""
     names = {system.name for system in others}
     same = [(s.name, s.name) for s in systems if s.name in names and s.name not in ANCHORS]
-    if same:
-        return same
     leads = find_lead(systems), find_lead(others)
+    if same:
+        first = leads[0]["system"].name if leads[0] else ""
+        return sorted(same, key=lambda pair: pair[0] != first)  # the headline's system first
     if leads[0] and leads[1]:
         notes.append("No system has the same name in both runs: the two with the highest consistency are compared.")
         return [(leads[0]["system"].name, leads[1]["system"].name)]
@@ -71,6 +72,8 @@ def _words(row: dict[str, Any], p: float) -> Cell:
     low, high, up = row["ci_low"], row["ci_high"], row["higher_is_better"]
     if low is None or high is None:
         return Cell("no interval", "one cluster")
+    if low == high == 0:
+        return Cell("no difference", "every item has the same value")
     if low <= 0 <= high:
         return Cell("no difference shown", "the interval contains 0")
     better = (row["difference"] > 0) == up
@@ -89,12 +92,12 @@ def _row(metric: str, row: dict[str, Any], p: float) -> list[Cell]:
     effect = Cell("–") if row["effect"] is None else Cell(f"{row['effect']:+.2f}", row["effect_name"])
     return [
         Cell(f"{arrow}\u00a0{metric}", f"n {row['n']:,}, {row['n_clusters']:,} clusters"),
-        Cell(plain(row["a"])),
-        Cell(plain(row["b"])),
         Cell(f"{'+' if row['difference'] > 0 else ''}{plain(row['difference'])}", bounds),
+        _words(row, p),
         Cell(f"{p:.4f}" if p > least else f"≤ {least:.4f}"),
         effect,
-        _words(row, p),
+        Cell(plain(row["a"])),
+        Cell(plain(row["b"])),
     ]
 
 
@@ -103,12 +106,10 @@ def _headline_words(title: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     row = rows.get(HEADLINE)
     if not row or row["ci_low"] is None or row["ci_high"] is None:
         return []
-    low, high = (plain(100 * row["ci_low"], math.floor), plain(100 * row["ci_high"], math.ceil))
+    interval = percent_interval(Score(row["difference"], row["ci_low"], row["ci_high"], row["n"], row["unit"], True))
     shown = (
         "the interval contains 0, so no difference is shown"
         if row["ci_low"] <= 0 <= row["ci_high"]
         else "the interval leaves out 0"
     )
-    return [
-        f"{title}: persona consistency {100 * row['difference']:+.1f} points (95 % interval {low} to {high}); {shown}."
-    ]
+    return [f"{title}: persona consistency {100 * row['difference']:+.1f} points (95 % interval {interval}); {shown}."]

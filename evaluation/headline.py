@@ -181,17 +181,17 @@ def ladder_table(systems: list[System]) -> Table:
         score, limit, keywords = system.metrics[HEADLINE], _limit(system), system.metrics.get("keyword_score")
         verdict = Cell("–")
         if limit:
-            verdict = Cell("holds", "", "good") if limit[1] else Cell("BROKEN", "", "bad")
+            note = f"limit: {limit[0]}"
+            verdict = Cell("holds", note, "good") if limit[1] else Cell("BROKEN", note, "bad")
         rows.append(
             [
                 Cell(system.label, ROLES.get(system.name, "")),
                 share_cell(score),
-                Cell(limit[0] if limit else "–"),
                 verdict,
                 Cell(plain(keywords.value), plain_interval(keywords)) if keywords else Cell("–"),
             ]
         )
-    return Table(["System", "Facts kept", "Limit", "Verdict", "Keyword score, for contrast"], rows)
+    return Table(["System", "Facts kept", "Limit", "Keyword score, for contrast"], rows)
 
 
 def _claim_cell(system: System, systems: list[System]) -> Cell:

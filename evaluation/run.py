@@ -8,7 +8,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from rlhf.generate import generate
 from rlhf.lora import use_adapter, with_adapter
 from rlhf.model import load_base, load_tokenizer
 from rlhf.persona import with_persona
-from rlhf.record import stage
+from rlhf.record import movable, stage
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,8 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
         nli = load_nli(args.nli_model) if args.nli_model else None
 
         # Systems
+        config = asdict(movable([args], Path(args.output_dir))[0])
+        del config["systems"], config["output_dir"]  # what is one system's stands beside it
         for name, folder in args.systems.items():
             logger.info("evaluating %s", name)
             if name in RULES:
@@ -141,6 +143,7 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
             results["run"] |= {
                 **({"probe_coverage": coverage} if coverage else {}),
                 "system": name,
+                "config": config,
                 "adapter": record["parents"][name]["path"] if folder else None,
                 "adapter_hash": record["parents"][name]["hash"] if folder else None,
                 "base": record["model_name_or_path"],

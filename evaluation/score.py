@@ -451,6 +451,11 @@ def score(arguments: argparse.Namespace) -> None:
         rows = [row | {"c_score": value} for row, value in zip(rows, c_scores(nli, rows), strict=True)]
     results = score_rows(rows, arguments.seed, arguments.distinct_tokens)
     results["run"] |= {
+        "config": {
+            "seed": arguments.seed,
+            "distinct_tokens": arguments.distinct_tokens,
+            "nli_model": arguments.nli_model,
+        },
         "nli_model": nli_model,
         "responses": source.name,
         "data_hash": hashlib.sha256(source.read_bytes()).hexdigest(),

@@ -169,7 +169,7 @@ def _all_metrics(systems: list[System]) -> Section:
     names = ordered(METRICS, (metric for system in systems for metric in system.metrics), ())
     grouped = {title: [name for name in group if name in names] for title, group in GROUPS.items()}
     grouped["Others"] = [name for name in names if not any(name in group for group in GROUPS.values())]
-    columns = ["Metric", "Unit", *(system.label for system in systems)]
+    columns = ["Metric", *(system.label for system in systems)]
     tables: list[Table] = []
     for title, group in grouped.items():
         rows = [row for metric in group if (row := _metric_row(metric, systems))]
@@ -190,9 +190,9 @@ def _metric_row(metric: str, systems: list[System]) -> list[Cell] | None:
     if not measured:
         return None
     arrow = {True: "↑", False: "↓", None: "↔"}[measured[0].higher_is_better]
-    unit = Cell(measured[0].unit, f"n {span(score.n for score in measured)}")
+    unit = f"{measured[0].unit}, n {span(score.n for score in measured)}"
     cells = [Cell(plain(s.value), plain_interval(s)) if s else Cell("–") for s in scores]
-    return [Cell(f"{arrow}\u00a0{metric}"), unit, *cells]
+    return [Cell(f"{arrow}\u00a0{metric}", unit), *cells]
 
 
 def _definitions(names: list[str]) -> Table:

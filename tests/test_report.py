@@ -8,7 +8,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from markupsafe import Markup
 
+from evaluation import charts
+from evaluation.__main__ import main
 from evaluation.report import write_report
 
 SLOTS = {
@@ -87,6 +90,7 @@ def probes() -> list[dict]:
                             "history": chat * turn, "kind": kind, "fact_id": f"p{person}/{slot}", "slot": slot,
                             "question": f"so it is {suggested} , right ?" if suggested else SLOTS[slot][1],
                             "value": value, "foil": foil if kind == "false_suggestion" else None, "turn": turn,
+                            "slot_values": SLOTS[slot][2], "persona_values": values,
                             "split": "seen" if slot in ("pet", "job") else "held_out_wording",
                         }
                     )  # fmt: skip
@@ -215,6 +219,13 @@ class Page(HTMLParser):
             self.text.append(data.strip())
 
 
+@pytest.fixture(autouse=True)
+def plots(request, monkeypatch) -> None:
+    """Plots take most of the time: they are drawn for the tests that look at the `finished` report only."""
+    if "finished" not in request.fixturenames:
+        monkeypatch.setattr(charts, "_panels", lambda name, caption, *_: charts.Chart(name, caption, Markup(""), b""))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
@@ -280,15 +291,16 @@ def test_parts_are_copied_from_the_breakdown(finished: Path) -> None:
     ]  # fmt: skip
     # .30 +- 1.96 sqrt(.3 * .7 / 800) = .30 +- .03176
     assert kinds["sft"][3] == "30.0 % (26.8 to 33.2)"
-    assert table_rows(text, "Consistency by turn")["System"][1:] == [
-        "After 0 exchanges (n 400)",
-        "After 5 exchanges (n 400)",
-    ]
+    assert table_rows(text, "Consistency by turn and drift")["System"][1:] == [
+        "After 0 exchanges (n 400)", "After 5 exchanges (n 400)", "Change, points", "Half-life",
+    ]  # fmt: skip
     assert table_rows(text, "Consistency by split")["ppo"][1].startswith("95.5 %")
     metrics = table_rows(text, "All metrics")
-    assert metrics["↓ perplexity_token"][1] == "per token (n 400)"
-    assert metrics["↔ length_words"][3] == "6.83 (6.35 to 7.31)"  # 6.83 * .93 = 6.3519 down, * 1.07 = 7.3081 up
-    assert metrics["↑ persona_consistency"][4] == "0.922 (0.849 to 0.944)"
+    assert metrics["↓ perplexity_token"][0] == "↓ perplexity_token (per token, n 400)"
+    assert metrics["↔ length_words"][2] == "6.83 (6.35 to 7.31)"  # 6.83 * .93 = 6.3519 down, * 1.07 = 7.3081 up
+    assert metrics["↑ persona_consistency"][3] == "0.922 (0.849 to 0.944)"
+    assert metrics["length_words"][1] == "words (0 to ∞)" and "10.2" in metrics["length_words"][3]
+    assert text.index("### Persona (") < text.index("### Overlap with the reference (3)") < text.index("### What each")
 
 
 def test_failed_guard_marks_the_headline(tmp_path: Path) -> None:
@@ -371,8 +383,8 @@ def test_page_is_one_file_without_requests_or_script(finished: Path) -> None:
 def test_charts_follow_the_theme(finished: Path) -> None:
     charts = re.findall(r'<svg class="chart".*?</svg>', (finished / "index.html").read_text(), flags=re.DOTALL)
     assert (
-        len(charts) == 4 + 1 + 4 + 4
-    )  # kinds, turns, a loss for each of four stages; PPO's two losses, reward and KL
+        len(charts) == 4 + 1 + 4 + 2 + 1
+    )  # kinds, turns, a loss for each of four stages, PPO's two losses; reward, KL and probes in one
     for chart in charts:
         colours = set(re.findall(r"(?:fill|stroke): (#\w+|var\(--\w+\))", chart))
         assert colours and all(colour.startswith("var(") for colour in colours)
@@ -408,7 +420,7 @@ def test_dialogues_show_failures_and_are_drawn_by_a_fixed_seed(finished: Path, t
     failed, drawn = text.split("## Dialogues: ")[1:]
     if not failed.startswith("failures of ppo"):
         failed, drawn = drawn, failed
-    assert len(re.findall(r"^\| ppo .*\| wrong \|$", failed, flags=re.MULTILINE)) == 4
+    assert len(re.findall(r"^\| ppo .*\| wrong ", failed, flags=re.MULTILINE)) == 4
     assert text.count("expected: ") == 12
     assert all(len(re.findall(rf"^\| {name} \|", drawn, flags=re.MULTILINE)) == 8 for name in SYSTEMS)
     run = make_runs(tmp_path)
@@ -468,6 +480,133 @@ def test_held_out_dialogues_where_nothing_was_probed(tmp_path):
     shown = re.findall(r"user: \*\*question (\d+)\*\* \(reference: truth (\d+)\)", text)
     assert len(shown) == 12 == len(set(shown)) and all(question == truth for question, truth in shown)
     for number, _ in shown:
-        assert f"| sft | sft says {number} | – |\n| ppo | ppo says {number} | – |" in text
+        assert f"| sft | sft says {number} | – | – |\n| ppo | ppo says {number} | – | – |" in text
     html = Page(page.read_text()).text
     assert "ppo says " + shown[0][0] in html and "i sail <b>boats</b> ." in html and "right" not in html
+
+
+def add_attack(run: Path, name: str, value: float) -> None:
+    shutil.copytree(run / "evaluate/silence", run / "evaluate" / name)
+    change(
+        run / f"evaluate/{name}/results.json",
+        lambda r: r["metrics"]["persona_consistency"].update(value=value, ci_low=value / 2, ci_high=1.0),
+    )
+
+
+def test_ladder_is_sorted_and_its_limits_are_judged(tmp_path: Path) -> None:
+    run = make_runs(tmp_path, curves=False)
+    add_attack(run, "recite_all", 0.349)
+    add_attack(run, "agree", 0.02)
+    change(
+        run / "evaluate/wrong_persona/results.json", lambda r: r["metrics"]["persona_consistency"].update(value=0.36)
+    )
+    write_report([run], tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    rows = table_rows(text, "The ladder")
+    # 1.0, .955, .922, .86, .577, .36, .349, .02, 0
+    assert list(rows)[1:] == [
+        "oracle", "ppo", "dpo", "base", "sft", "wrong_persona", "recite_all", "agree", "silence",
+    ]  # fmt: skip
+    assert rows["recite_all"][2] == "holds (limit: below 35 %)" and rows["wrong_persona"][2].startswith("holds (")
+    assert rows["oracle"][2] == "holds (limit: at least 95 %)" and rows["ppo"][2] == "–"
+    assert "Every limit holds." in text and "LADDER BROKEN" not in text
+    assert "Not on this ladder: recite_one, recite_two, deny," in text
+    # attacks stand on the ladder alone, and one that a recipe leaves out is not missing
+    assert "recite_all" not in table_rows(text, "Persona consistency")
+    assert "## Missing or unreadable" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("recite_all", 0.35), ("silence", 0.4), ("wrong_persona", 0.5), ("oracle", 0.949)]
+)
+def test_a_broken_ladder_is_said_first_and_no_claim_is_left(tmp_path: Path, name: str, value: float) -> None:
+    run = make_runs(tmp_path, curves=False)
+    if name == "recite_all":
+        add_attack(run, name, value)
+    change(run / f"evaluate/{name}/results.json", lambda r: r["metrics"]["persona_consistency"].update(value=value))
+    page = Page(write_report([run], tmp_path / "out").read_text())
+    text = (tmp_path / "out/report.md").read_text()
+    assert text.splitlines()[2].startswith(f"**LADDER BROKEN: {name} keeps {100 * value:.1f} % of the facts")
+    assert ("p", {"class": "alarm", "role": "alert"}) in page.tags
+    assert table_rows(text, "Persona consistency")["ppo"][4] == "not shown (ladder broken)"
+    assert "The ladder is broken, so “≥ 85 %” is not claimed." in text and "this system keeps ≥ 85 %" not in text
+    certificate = table_rows(text, "Certificate")
+    assert certificate["Ladder"][1].startswith("BROKEN") and certificate["Claim"][1].startswith(
+        "“≥ 85 %” is not claimed"
+    )
+
+
+def test_certificate(tmp_path: Path) -> None:
+    run = make_runs(tmp_path, curves=False)
+    add_attack(run, "recite_all", 0.12)
+    change(
+        run / "evaluate/ppo/results.json",
+        lambda r: r["run"].update(probe_clusters={"unit": "persona", "n": 100}, git_commit="0123456789" * 4),
+    )
+    write_report([run], tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    rows = table_rows(text, "Certificate")
+    assert rows["Claim"][1] == "ppo keeps ≥ 85 % of persona facts (95.5 %, interval 93.1 to 97.4)"
+    assert rows["Tested"][1] == "800 facts of 100 held-out personas, three questions each, greedy decoding"
+    assert rows["95 % lower bounds"][1] == "all 93.1 (of 95.5 %, n 800)"
+    # after 5 exchanges .955 * .93 = .88815 -+ 1.96 sqrt(.88815 * .11185 / 400) = .88815 - .03089 = .8573
+    assert rows["… at each turn"][1].endswith("after 5 exchanges 85.7 (of 88.8 %, n 400)")
+    assert rows["… at each wording"][1].startswith("seen wording 93.0 (of 95.5 %, n 266); held-out wording ")
+    assert rows["Ladder"][1] == "holds (best of 1 attacks: recite_all 12.0 %)"
+    assert "commit 012345678901…; data sha256:91be02aa" in rows["Made"][1]
+    assert rows["Training seeds"][1] == "7 (base, sft, reward, dpo, ppo)"
+    assert "pass" in rows["Guards"][1] and "KL to SFT" not in rows["Guards"][1]  # which the fixture does not measure
+    not_tested = text.split("## What was not tested")[1].split("\n## ")[0]
+    assert "One training seed" in not_tested and "absent fact" in not_tested
+
+
+def test_reward_stands_against_probes(finished: Path, tmp_path: Path) -> None:
+    text = (finished / "report.md").read_text().split("## Reward against probes")[1].split("\n## ")[0]
+    assert "facts kept 57.7 % before (SFT) and 95.5 % after" in text and "OVER-OPTIMISED" not in text
+    assert "no probes were asked during training" in text
+    assert "Not measured: reward of the reward model" in text  # the fixture logs KL and the penalised reward
+    assert "reward_5_ppo.png" in text and "curve_5" not in text
+
+
+def test_reward_that_rises_while_probes_fall(tmp_path: Path) -> None:
+    run = make_runs(tmp_path)
+    log = [{"step": step, "objective/scores": step / 100, "eval_probe/direct": 0.9} for step in (0, 100)]
+    write(run / "ppo/metrics.jsonl", log)
+    change(
+        run / "evaluate/ppo/results.json",
+        lambda r: r["metrics"]["persona_consistency"].update(value=0.5, ci_low=0.45, ci_high=0.547),
+    )  # below the .548 that SFT's interval begins with
+    write_report([run], tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text().split("## Reward against probes")[1].split("\n## ")[0]
+    assert "reward 0 at step 0 and 1.00 at the last. OVER-OPTIMISED" in text
+    assert "no probes were asked during training" not in text
+    shutil.rmtree(run / "evaluate")
+    write_report([run], tmp_path / "out")
+    assert "OVER-OPTIMISED" not in (tmp_path / "out/report.md").read_text()
+
+
+def test_published_baselines_stand_apart(finished: Path) -> None:
+    text = (finished / "report.md").read_text().split("## Published baselines")[1].split("\n## ")[0]
+    assert "ranked against another table" in text and "none has a p-value" in text
+    hidden = text.split("### ConvAI2 hidden test")[1].split("###")[0]
+    row = next(line for line in hidden.splitlines() if line.startswith("| TransferTransfo"))
+    assert "| 80.7 |" in row and row.endswith("| yes | DeepPavlov/convai 54d921f, 2018/README.md |")
+    assert "| no |" in text.split("### ConvAI2, split not said")[1]  # read in an abstract alone
+
+
+def test_a_results_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    row = {"persona": ["i sail ."], "history": [], "response": "hello", "reference": "hi", "dialogue_id": "d"}
+    write(tmp_path / "replies.jsonl", [row])
+    (tmp_path / "blocked").write_text("a file where a folder has to be")
+    with pytest.raises(SystemExit, match="error: .*blocked"):
+        main(["score", str(tmp_path / "replies.jsonl"), "--output", str(tmp_path / "blocked/results.json")])
+
+
+def test_a_results_file_explains_itself(tmp_path: Path) -> None:
+    row = {"persona": ["i sail ."], "history": [], "response": "hello", "reference": "hi", "dialogue_id": "d"}
+    write(tmp_path / "replies.jsonl", [row])
+    arguments = [str(tmp_path / "replies.jsonl"), "--output", str(tmp_path / "results.json"), "--seed", "3"]
+    main(["score", *arguments])
+    run = json.loads((tmp_path / "results.json").read_text())["run"]
+    assert run["config"] == {"seed": 3, "distinct_tokens": 10_000, "nli_model": None}
+    assert run.keys() >= {"versions", "git_commit", "data_hash", "seed", "date", "rows", "clusters", "not_scored"}
