@@ -1,5 +1,7 @@
 """Two runs compared in the report: paired differences of systems of the same name, or else of the two that lead.
 
+A run compared with itself has the systems that were trained after SFT compared with SFT.
+
 The one module of the report that computes: tests by `evaluation.compare`, over the replies of both runs.
 """
 
@@ -22,11 +24,14 @@ ALPHA = 0.05
 def difference_section(run: Path, other: Path, systems: list[System], others: list[System]) -> Section:
     """Table by pair: differences `run` less `other` with interval, p-value adjusted over all rows, and effect."""
     name, other_name = run.resolve().name, other.resolve().name
-    if name == other_name:
+    alone = run.resolve() == other.resolve()
+    if name == other_name and not alone:
         name, other_name = str(run), str(other)
     compared: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    notes = [f"Differences are {name} less {other_name}, on the same prompts."]
-    for mine, theirs in _pairs(systems, others, notes):
+    notes = [
+        f"Differences are {'trained systems less SFT' if alone else f'{name} less {other_name}'}, on the same prompts."
+    ]
+    for mine, theirs in _pairs(systems, [s for s in others if s.name == "sft"] if alone else others, alone, notes):
         try:
             compared[mine, theirs] = compare(
                 system_items(run / "evaluate" / mine), system_items(other / "evaluate" / theirs), FAMILY
@@ -39,23 +44,31 @@ def difference_section(run: Path, other: Path, systems: list[System], others: li
         notes.append(
             f"Of {len(flat)} differences (metrics that have a better end; descriptive ones are not tested), p by "
             f"{NUM_TRIALS:,} swaps of whole personas, adjusted by Holm over all of them. Intervals are not adjusted: each is "
-            "of 95 % by itself. Both runs have one set of prompts, so nothing is shown about other training seeds."
+            "of 95 % by itself. They cover the choice of personas, not another training seed."
         )
     tables: list[Table] = []
     for (mine, theirs), rows in compared.items():
-        title = (
-            f"{mine}: {name} less {other_name}" if mine == theirs else f"{name} / {mine} less {other_name} / {theirs}"
-        )
+        title = f"{name} / {mine} less {other_name} / {theirs}"
+        if alone:
+            title = f"{mine} less {theirs}"
+        elif mine == theirs:
+            title = f"{mine}: {name} less {other_name}"
         notes += _headline_words(title, rows)
         table = [_row(metric, row, adjusted[(mine, theirs), metric]) for metric, row in rows.items()]
-        heads = ["Metric", "Difference", "In words", "p (Holm)", "Effect", name, other_name]
+        sides = [mine, theirs] if alone else [name, other_name]
+        heads = ["Metric", "Difference", "In words", "p (Holm)", "Effect", *sides]
         tables.append(Table(heads, table, title, folded=bool(tables)))
-    return Section(f"{name} against {other_name}", notes, [], tables)
+    return Section("Trained systems against SFT" if alone else f"{name} against {other_name}", notes, [], tables)
 
 
-def _pairs(systems: list[System], others: list[System], notes: list[str]) -> list[tuple[str, str]]:
-    """Systems of the same name; where there are none, the two that lead."""
+def _pairs(systems: list[System], others: list[System], alone: bool, notes: list[str]) -> list[tuple[str, str]]:
+    """Systems of the same name; where there are none, the two that lead. In one run all that is trained, with SFT."""
     names = {system.name for system in others}
+    if alone:
+        trained = [s.name for s in systems if s.name not in (*ANCHORS, "base", "reference", "sft")]
+        if not names or not trained:
+            notes.append("Nothing was compared: the run needs `sft` and a system trained after it.")
+        return [(name, "sft") for name in trained if names]
     same = [(s.name, s.name) for s in systems if s.name in names and s.name not in ANCHORS]
     leads = find_lead(systems), find_lead(others)
     if same:

@@ -384,10 +384,10 @@ def _baselines(systems: list[System]) -> Section:
         rows = []
         for name, source, verified in dict.fromkeys((b.system, b.source, b.verified) for b in group):
             cells = [Cell(f"{values[name, metric]:g}" if (name, metric) in values else "–") for metric in metrics]
-            rows.append([Cell(name), *cells, Cell("yes" if verified else "no"), Cell(source)])
+            rows.append([Cell(name), *cells, Cell("yes" if verified else "no", source)])
         heads = [f"{metric} ({units[metric]})" for metric in metrics]
         title = f"{group[0].data}: {group[0].note} ({len(rows)} systems)"
-        tables.append(Table(["Published system", *heads, "Read in the primary source", "Source"], rows, title, True))
+        tables.append(Table(["Published system", *heads, "Read in the primary source"], rows, title, True))
     note = (
         "As printed by their sources. Each table is a protocol of its own: other data, tokenisation or metric definitions, so "
         "no number here is ranked against another table or against this report, and none has a p-value."

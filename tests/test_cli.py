@@ -22,7 +22,10 @@ def test_help_names_the_commands(capsys):
         (["run", "recipes/none"], "is no recipe"),
         (["run", "recipes/demo", "--set", "seed"], "--set stage.key=value"),
         (["run", "recipes/demo", "--set", "sft.sed=1"], "did you mean `seed`"),
-        (["run", "recipes/demo", "--set", "sed=1"], "`sed` (--set): no stage of this recipe knows it; did you mean `seed`"),
+        (
+            ["run", "recipes/demo", "--set", "sed=1"],
+            "`sed` (--set): no stage of this recipe knows it; did you mean `seed`",
+        ),
         (["run", "recipes/demo", "--set", "sfft.lora_r=4"], "no stage 'sfft'; did you mean `sft`?; there are prepare"),
         (["run", "recipes/demo", "--until", "deploy"], "invalid choice: 'deploy'"),
         (["chat", "recipes/demo"], "neither a run of a recipe nor a training stage"),

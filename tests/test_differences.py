@@ -75,6 +75,17 @@ def test_the_two_that_lead_are_paired_where_no_name_is_shared(tmp_path):
     assert "No system has the same name in both runs" in found.notes[1]
 
 
+def test_a_run_with_itself_is_its_systems_with_sft(tmp_path):
+    for name, kept in (("base", 3), ("sft", 10), ("dpo", 12), ("ppo", 40), ("oracle", 40)):
+        make_system(tmp_path / "demo", name, kept)
+    found = section(tmp_path / "demo", tmp_path / "demo")
+    assert found.title == "Trained systems against SFT"
+    assert [(table.title, table.rows[0][1].text) for table in found.tables] == [
+        ("dpo less sft", "+0.050"), ("ppo less sft", "+0.750"),
+    ]  # fmt: skip
+    assert found.tables[0].columns[-2:] == ["dpo", "sft"]
+
+
 def test_other_prompts_are_named_and_not_compared(tmp_path):
     make_system(tmp_path / "new", "ppo", 30)
     make_system(tmp_path / "old", "ppo", 30, first=5)

@@ -92,6 +92,18 @@ class Browser:
             "paper: getComputedStyle(document.body).backgroundColor,"
             "sections: document.querySelectorAll('h2').length}), 300))"
         )
+        found |= self.evaluate(
+            "(() => { document.querySelectorAll('details').forEach(fold => fold.open = true); return {"
+            "unfolded: document.documentElement.scrollWidth,"
+            "charts: [...document.querySelectorAll('svg.chart')].map(chart => chart.getBoundingClientRect().height),"
+            # text of a chart that lies over another text of it by more than a pixel both ways
+            "overlaps: [...document.querySelectorAll('svg.chart')].flatMap(chart => {"
+            "  const boxes = [...chart.querySelectorAll('text')].map(text => [text.textContent,"
+            "    text.getBoundingClientRect()]);"
+            "  return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([b, q]) =>"
+            "    Math.min(p.right, q.right) - Math.max(p.left, q.left) > 1 &&"
+            "    Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top) > 1).map(([b]) => a + ' / ' + b)); })}; })()"
+        )
         seen = [event for event in self.events if event["method"] in SEEN]
         asked = [e["params"]["request"]["url"] for e in seen if e["method"] == "Network.requestWillBeSent"]
         return found | {
@@ -137,7 +149,10 @@ def test_report_is_silent_and_fits(browser: Browser, report: Path, width: int, t
     assert found["width"] <= width
     # --paper of the two themes: the page is there, and follows the reader's
     assert found["paper"] == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}[theme]
-    assert found["sections"] >= 8
+    assert found["sections"] >= 12
+    assert found["unfolded"] <= width
+    assert len(found["charts"]) >= 10 and min(found["charts"]) > 40
+    assert found["overlaps"] == []
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -145,10 +160,11 @@ def test_a_bad_page_is_noticed(browser: Browser, tmp_path: Path, width: int) -> 
     page = tmp_path / "bad.html"
     page.write_text(
         '<!doctype html><meta name="viewport" content="width=device-width"><div style="width: 2000px">wide</div>'
-        '<img src="missing.png"><script>console.log("said"); undefinedName</script>'
+        '<svg class="chart"><text y="9">one</text><text y="9">two</text></svg><img src="missing.png"><script>console.log("said"); undefinedName</script>'
     )
     found = browser.visit(page, width, "light")
     assert found["width"] >= 2000
     assert [Path(url).name for url in found["requests"]] == ["missing.png"]
+    assert found["overlaps"] == ["one / two"]
     said = json.dumps(found["messages"])
     assert '"said"' in said and "undefinedName" in said

@@ -590,8 +590,10 @@ def test_published_baselines_stand_apart(finished: Path) -> None:
     assert "ranked against another table" in text and "none has a p-value" in text
     hidden = text.split("### ConvAI2 hidden test")[1].split("###")[0]
     row = next(line for line in hidden.splitlines() if line.startswith("| TransferTransfo"))
-    assert "| 80.7 |" in row and row.endswith("| yes | DeepPavlov/convai 54d921f, 2018/README.md |")
-    assert "| no |" in text.split("### ConvAI2, split not said")[1]  # read in an abstract alone
+    assert "| 80.7 |" in row and row.endswith("| yes (DeepPavlov/convai 54d921f, 2018/README.md) |")
+    assert (
+        "| no (abstract of the CPC-Agent paper) |" in text.split("### ConvAI2, split not said")[1]
+    )  # read in an abstract alone
 
 
 def test_a_results_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
