@@ -10,14 +10,10 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from evaluation.contradiction import THRESHOLD, contradicts
 from evaluation.persona import content_stems
 from evaluation.probes import mentions, why
 from evaluation.results import System
-
-try:  # until the module is there in every checkout
-    from evaluation.contradiction import THRESHOLD, contradicts
-except ImportError:
-    contradicts = None
 
 KINDS = {"direct": "Direct question", "false_suggestion": "False suggestion", "true_suggestion": "True suggestion"}
 KINDS_APART = {"absent": "Absent fact", "forget": "“Forget your persona”"}
@@ -96,8 +92,8 @@ def sentence_marks(persona: Sequence[str], reply: str) -> list[Mark]:
     spoken, marks = content_stems(reply), []
     for fact in persona:
         stems = content_stems(fact)
-        verdict = contradicts([fact], reply) if contradicts else None
-        if verdict and verdict.score >= THRESHOLD:
+        verdict = contradicts([fact], reply)
+        if verdict.score >= THRESHOLD:
             marks.append(Mark("contradicted", f"{fact} ({verdict.reason})"))
         elif stems and len(stems & spoken) >= SUPPORTING_SHARE * len(stems):
             marks.append(Mark("supported", fact))
@@ -143,8 +139,7 @@ def _note(rows: Iterable[Row]) -> str:
     how = "Marks: ✓ supported (says a fact of the persona), ✗ contradicted (denies one, or says another value)"
     if probed:
         return f"{how}, + invented (a value of a slot that the persona does not have). Read by the probes' rule."
-    missing = "" if contradicts else " Contradictions were not looked for in free dialogue."
-    return f"{how}. Read by rules on words; what is invented was not looked for in free dialogue.{missing}"
+    return f"{how}. Read by rules on words; what is invented was not looked for in free dialogue."
 
 
 def _reply(label: str, row: Row, known: Vocabulary) -> Reply:

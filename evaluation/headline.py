@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from evaluation.bots import DEGENERATE_LIMIT, ORACLE_FLOOR, OTHER_PERSONA_LIMIT
 from evaluation.charts import CLAIM, hue_of
 from evaluation.results import ANCHORS, ATTACKS, FLOORS, HEADLINE, Score, System
 
@@ -26,8 +27,6 @@ ROLES = {
     "agree": "attack: yes to everything",
     "no_value": "attack: “no, <the fact>” to everything",
 }
-# What a replier by rule may score before the probes themselves are in doubt.
-CEILING_LEAST, OTHER_PERSONA_BELOW, DEGENERATE_BELOW = 0.95, 0.5, 0.35
 # A persona score is easily bought with replies that nobody wants: these must stay near the yardstick system.
 # (metric, name, how it is compared, lowest, highest); shares are differences, quantities are ratios.
 GUARDS = (
@@ -155,8 +154,8 @@ def _limit(system: System) -> tuple[str, bool] | None:
     if system.name not in ANCHORS or score is None:
         return None
     if system.name == "oracle":
-        return f"at least {100 * CEILING_LEAST:.0f} %", score.value >= CEILING_LEAST
-    below = OTHER_PERSONA_BELOW if system.name == "wrong_persona" else DEGENERATE_BELOW
+        return f"at least {100 * ORACLE_FLOOR:.0f} %", score.value >= ORACLE_FLOOR
+    below = OTHER_PERSONA_LIMIT if system.name == "wrong_persona" else DEGENERATE_LIMIT
     return f"below {100 * below:.0f} %", score.value < below
 
 

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evaluation.bots import DEGENERATE
 from rlhf.config import STAGES
 
 HEADLINE = "persona_consistency"
 TRAINED = ("base", "sft", "dpo", "ppo")
 FLOORS = ("wrong_persona", "silence")
 # Bots that win some metric without being consistent (a ladder of them is a system each of a run, where it has them).
-ATTACKS = (
-    "recite_all", "recite_one", "recite_two", "deny", "keyword_salad", "generic_question", "repeat_last_line", "agree",
-    "no_value",
-)  # fmt: skip
+ATTACKS = tuple(name for name in DEGENERATE if name not in FLOORS)
 ANCHORS = ("oracle", *FLOORS, *ATTACKS)  # fixed repliers, shown after everything trained
 APART = "probes_apart"  # the breakdown's name of probes that do not count for the headline
 
