@@ -83,7 +83,7 @@ def plan_by_size(num_examples: int, num_gpus: int = 1, overrides: Mapping[str, A
         num_examples: At least 1.
         num_gpus: Of 8 examples a step, each GPU gets an equal part: accumulation shrinks first, then the batch.
         overrides: Settings to take instead of the planned ones, valid ones: `rlhf.config` checks them. Each changes what
-            it names and nothing else; one that says what the plan says is none.
+            it names and no other value; one that says what the plan says is none.
 
     Raises:
         ValueError: for no examples, a number of GPUs that does not divide the effective batch (unless batch and
@@ -108,7 +108,7 @@ def plan_by_size(num_examples: int, num_gpus: int = 1, overrides: Mapping[str, A
     share = f"{EFFECTIVE_BATCH} examples a step on {_gpus(num_gpus)}"
     planned = {
         "lora_r": (rank, f"{size}; the more examples, the larger an adapter they fill"),
-        "lora_alpha": (2 * rank, f"twice the planned rank {rank}, so that the update's scale stays the same"),
+        "lora_alpha": (2 * rank, f"twice the rank {rank}, so that the update's scale is 2 whatever the rank"),
         "num_train_epochs": (epochs, f"{size}; the fewer examples, the more often each is seen"),
         "per_device_train_batch_size": (batch, f"{share}; what a 16 GB GPU holds at this length"),
         "gradient_accumulation_steps": (per_gpu // batch, f"{share}, {batch} at a time"),
@@ -120,6 +120,12 @@ def plan_by_size(num_examples: int, num_gpus: int = 1, overrides: Mapping[str, A
         key: f"overridden; the plan says {value}" if values[key] != value else reason
         for key, (value, reason) in planned.items()
     }
+    if values["lora_r"] != rank and values["lora_alpha"] == 2 * rank:
+        scale = values["lora_alpha"] / values["lora_r"]
+        reasons["lora_alpha"] = (
+            f"twice the planned rank {rank}; with `lora_r` {values['lora_r']} the update's scale is {scale:g}, not 2: "
+            f"override it with {2 * values['lora_r']} to keep the scale"
+        )
     return Plan(num_examples=num_examples, num_gpus=num_gpus, reasons=reasons, **values)
 
 

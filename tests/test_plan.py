@@ -58,9 +58,13 @@ def test_an_override_changes_what_it_names_and_says_so():
     plan, changed = plan_by_size(106), plan_by_size(106, overrides=overrides)
     assert changed.settings() == {**plan.settings(), **overrides}
     assert changed.reasons["lora_r"] == "overridden; the plan says 16"
-    assert {key for key in KEYS if "overridden" in changed.reasons[key]} == set(overrides)
-    assert {key: changed.reasons[key] for key in KEYS if key not in overrides} == {
-        key: plan.reasons[key] for key in KEYS if key not in overrides
+    # alpha stays 32, and 32 / 64 is half
+    assert "with `lora_r` 64 the update's scale is 0.5, not 2: override it with 128" in changed.reasons["lora_alpha"]
+    both = plan_by_size(106, overrides={"lora_r": 64, "lora_alpha": 128})
+    assert both.reasons["lora_alpha"] == "overridden; the plan says 32"
+    assert {key for key in KEYS if "overridden;" in changed.reasons[key]} == set(overrides)
+    assert {key: changed.reasons[key] for key in KEYS if key not in {*overrides, "lora_alpha"}} == {
+        key: plan.reasons[key] for key in KEYS if key not in {*overrides, "lora_alpha"}
     }
     assert plan_by_size(106, overrides={"num_train_epochs": 5.0}).reasons == plan.reasons  # it says the same
 
