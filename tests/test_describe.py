@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
@@ -125,3 +126,17 @@ def test_table_and_picture(tmp_path):
     histograms(found, tmp_path / "lengths.png")
     with Image.open(tmp_path / "lengths.png") as image:
         assert image.size[0] > 1_000 and len(image.convert("L").getcolors()) > 10  # something is drawn
+
+
+def test_the_last_bar_says_that_it_holds_what_is_longer(tmp_path, monkeypatch):
+    labels = {}
+
+    def keep(figure, *args, **kwargs):
+        labels.update({axis.get_title().partition(",")[0]: axis.get_xlabel() for axis in figure.axes})
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    # 100 replies of 1 to 4 letters and one of 50: the 99th percentile is 4, so the axis ends at 5
+    rows = [row(str(n), DOG, "hi", "x" * (50 if n == 100 else 1 + n % 4)) for n in range(101)]
+    histograms(describe(rows), tmp_path / "lengths.png")
+    assert labels["reply characters"] == "last bar: 4 and longer"
+    assert labels["user characters"] == ""  # all have 2

@@ -232,6 +232,10 @@ def histograms(statistics: Mapping[str, Any], path: str | Path) -> None:
         axis.set_title(
             f"{name.replace('_', ' ')}, median {values['median']:,.0f}, longest {values['max']:,}", fontsize=9
         )
+        if values["max"] >= edges[-1]:
+            # What is longer than the axis stands in the last bar, so that a few long texts do not flatten the others.
+            axis.patches[-1].set_color("#dd8452")
+            axis.set_xlabel(f"last bar: {edges[-2]:,} and longer", fontsize=8)
         axis.set_ylabel("number", fontsize=8)
         axis.tick_params(labelsize=8)
     for axis in axes[len(measured) :]:
