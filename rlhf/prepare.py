@@ -197,13 +197,15 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         for file, values in made.items():
             write_jsonl(folder / file, values)
     if config.source == "world":
-        kept = [row for side in SIDES for row in read_jsonl(folder / f"dialogues_{side}.jsonl")]
+        kept = _written_dialogues(folder)
     else:
         kept = [{key: row[key] for key in row if key != "pair"} for row in (*train, *heldout, *between)]
         write_jsonl(folder / "kept.jsonl", kept)
         write_jsonl(folder / "rejected.jsonl", rejected)
         counts |= {"rejected": _reasons(rejected, whole=True), "removed": _reasons(rejected, whole=False)}
-    statistics = describe.describe(kept, rejected, _tokenize(config.model_name_or_path))
+    # What training reads: of a card the rows made of it, beside the general ones.
+    described = _written_dialogues(folder) if config.source == "card" else kept
+    statistics = describe.describe(described, rejected, _tokenize(config.model_name_or_path))
     pairs = [folder / f"preferences_{side}.jsonl" for side in SIDES]
     if all(path.is_file() for path in pairs):
         train_pairs, heldout_pairs = map(read_jsonl, pairs)
@@ -344,6 +346,10 @@ def _windows(rows: Iterable[Row], max_turns: int, counts: dict[str, Any]) -> lis
 def _reasons(rejected: Iterable[Row], whole: bool) -> dict[str, int]:
     """How often each reason took a whole dialogue, or else a part of one."""
     return dict(Counter(entry["reason"] for entry in rejected if (entry["dropped"] == "dialogue") == whole))
+
+
+def _written_dialogues(folder: Path) -> list[Row]:
+    return [row for side in SIDES for row in read_jsonl(folder / f"dialogues_{side}.jsonl")]
 
 
 def _tokenize(model: str | None) -> Callable[[list[str]], list[list[int]]] | None:
