@@ -132,8 +132,10 @@ def test_every_problem_of_a_card_is_named_at_once(tmp_path):
         f"`facts.2`: 5 ({path}:7): must be text that is not blank; quote it",
         f"`facts.3`: None ({path}:8): must be text that is not blank",
         f"`facts.4`: {{'my motto': 'be kind'}} ({path}:9): must be text that is not blank; quote it",
-        f"`facts.5`: 'He lives in Oslo.' ({path}:10): must be in the first person: `I live in Oslo.`, not "
-        "`He lives in Oslo.`",
+        (
+            f"`facts.5`: 'He lives in Oslo.' ({path}:10): must be in the first person: `I live in Oslo.`, not "
+            "`He lives in Oslo.`"
+        ),
         f"`facts.6`: 'i have a\\x07 cat' ({path}:11): has the control character '\\x07'; delete it",
         f"`facts.7`: {repr(long)[:60]}… ({path}:12): has 416 characters, more than 300; give each thing its own line",
         f"`examples.0`: {odd} ({path}:14): must have the keys user and assistant; did you mean `user`?",
@@ -481,7 +483,7 @@ def test_prepare_makes_the_shipped_card(tmp_path):
     said = {word for row in rows for message in row["messages"] for word in message["content"].split()}
     assert said - words <= set(OF_THE_NAME.split())
     # Described is what is trained on: the character's rows beside the general ones.
-    sources = json.loads((tmp_path / "statistics.json").read_text())["sources"]
+    sources = json.loads((tmp_path / "statistics.json").read_text())["sources"]["rows"]
     assert sources.keys() == {"card", "world"}
 
 

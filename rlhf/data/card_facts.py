@@ -11,7 +11,6 @@ without foils are asked for and confirmed, but not probed.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -24,6 +23,10 @@ MAX_FOILS = 16
 MAX_WORDS = 25  # of a sentence that is suggested to the character
 
 # -- questions: the last wording of each is held out from training ---------------------------------------------------
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
 def _table(text: str) -> dict[str, tuple[str, ...]]:
@@ -78,11 +81,11 @@ YOURSELF = (
     "what can you tell me about yourself ?", "what would you say about yourself ?",
 )  # fmt: skip
 # "what do you go ?" is no question; of these verbs the object is asked for.
-_ASKED_VERBS = frozenset(
+_ASKED_VERBS = _words(
     "play drive ride eat drink cook bake read write watch study speak teach sing paint make sell grow raise collect wear "
-    "build design coach train hunt breed".split()
+    "build design coach train hunt breed"
 ) | {"listen to", "believe in", "dream of", "suffer from", "belong to", "volunteer at", "volunteer in"}
-_ASKED_DEEDS = frozenset("win meet buy lose write build make sell design learn adopt visit study break".split())
+_ASKED_DEEDS = _words("win meet buy lose write build make sell design learn adopt visit study break")
 
 
 # -- foils -----------------------------------------------------------------------------------------------------------
@@ -96,32 +99,34 @@ _AROUND = {
     "athens": "greece georgia", "warsaw": "poland", "helsinki": "finland", "zurich": "switzerland",
     "boston": "massachusetts", "chicago": "illinois",
 }  # fmt: skip
-_CONTINENTS = frozenset("europe america usa us states earth africa asia eu".split())
+_CONTINENTS = _words("europe america usa us states earth africa asia eu")
 # In lower case nothing else tells a place from "school".
 _KNOWN_PLACES = frozenset(
     (*_CITIES, *SLOT["trip"].values, *" ".join(_AROUND.values()).split())
-) | frozenset(
-    "alabama alaska arizona arkansas california colorado connecticut delaware florida hawaii idaho indiana iowa kansas "
+) | _words("alabama alaska arizona arkansas california colorado connecticut delaware florida hawaii idaho indiana iowa kansas "
     "kentucky louisiana maine maryland michigan minnesota mississippi missouri montana nebraska nevada ohio oklahoma "
     "oregon pennsylvania tennessee texas utah vermont virginia wisconsin wyoming seattle denver dallas houston atlanta "
     "miami phoenix portland toronto montreal sydney melbourne london moscow tokyo delhi cairo scotland wales sweden "
-    "denmark australia russia turkey".split()
-)  # fmt: skip
+    "denmark australia russia turkey")  # fmt: skip
 _PLACE = re.compile(
     r"(?P<before>.*\b(?:in|from)) (?P<v>[\w'-]+(?: [A-Z][\w'-]+)*)"
     r"(?P<after>|\s+(?:with|since|now|for|in the year|in \d)\b.*)",
     re.DOTALL,
 )
 _WORKPLACES = ("school", "hospital", "bank", "bakery", "library", "museum", "theatre", "restaurant", "factory", "farm")
-_KNOWN_WORKPLACES = frozenset(_WORKPLACES) | frozenset(
+_KNOWN_WORKPLACES = frozenset(_WORKPLACES) | _words(
     "shop store supermarket hotel cafe office bar pub mill mine garage gym zoo pharmacy laboratory university college "
-    "castle kitchen bookstore bookshop diner salon".split()
+    "castle kitchen bookstore bookshop diner salon"
 )
 # Callings that the lists of jobs of today leave out.
 _CALLINGS = "|".join(
-    "knight squire king queen prince princess pirate monk nun priest priestess merchant blacksmith innkeeper warrior thief "
-    "bard archer peasant shepherd miller sorcerer wizard witch alchemist healer emperor empress lord count duke jester "
-    "herald spy assassin mercenary gladiator samurai viking cowboy bandit shopkeeper".split()
+    sorted(
+        _words(
+            "knight squire king queen prince princess pirate monk nun priest priestess merchant blacksmith innkeeper warrior thief "
+            "bard archer peasant shepherd miller sorcerer wizard witch alchemist healer emperor empress lord count duke jester "
+            "herald spy assassin mercenary gladiator samurai viking cowboy bandit shopkeeper"
+        )
+    )
 )
 _CALLING = re.compile(rf"(?:[\w']+ ){{0,3}}?(?P<v>{_CALLINGS})(?: (?:of|in|at|for|from|who|with|and)\b.*)?")
 _NAMES = ("anna", "robert", "clara", "henry", "alice", "victor", "emma", "oscar", "nora", "felix")
@@ -137,7 +142,7 @@ _FAVOURITES = {
         f"the {value}" for value in SLOT["instrument"].values
     ), "season": ("spring", "summer", "autumn", "winter"), "animal": tuple(f"the {v}" for v in SLOT["pet"].values),
 }  # fmt: skip
-_CUISINES = frozenset("italian mexican chinese indian japanese thai french greek spanish american asian meat".split())
+_CUISINES = _words("italian mexican chinese indian japanese thai french greek spanish american asian meat")
 # Single words of which a sentence has one at a time, by slot.
 _CLASSES = {
     "hair": ("black", "brown", "blonde", "red", "grey", "white"),
@@ -175,9 +180,7 @@ _FIRST_PERSON = re.compile(r"\b(?:i|i'm|my|me|mine|myself|im|i've|i'd|i'll)\b", 
 _OTHERS = re.compile(r"\b(?:we|our|ours|us|you|your|yours|we're|we've)\b", re.IGNORECASE)
 _GREETING = re.compile(r"(?:hi|hello|hey|well|oh|so|yes|no|ok|okay|but|and|because)\b", re.IGNORECASE)
 _TWO_SENTENCES = re.compile(r"(?<!\bmr)(?<!\bmrs)(?<!\bdr)(?<!\bst)(?<!\bms)[.!?;]+\s+\w", re.IGNORECASE)
-_LOWERED = frozenset(
-    "my the a an in on at when for with every each most sometimes during once after before as".split()
-)
+_LOWERED = _words("my the a an in on at when for with every each most sometimes during once after before as")
 
 
 # -- facts -----------------------------------------------------------------------------------------------------------

@@ -260,10 +260,11 @@ _OF_ITSELF = re.compile(
     r"\b(?:i|i'm|i've|i'd|i'll|im|ive|me|my|mine|myself|we|we're|we've|our|ours|us|same here|as well|too|both|either|"
     r"neither)\b"
 )
-_COMMON = frozenset(
+_COMMON_WORDS = (
     "a an the you your he it we they is are was be do does did have has had will would can could to of and or but in on at "
-    "for with from as so too not no yes that this what how very".split()
+    "for with from as so too not no yes that this what how very"
 )
+_COMMON = frozenset(_COMMON_WORDS.split())
 _WORD = re.compile(r"[^\W_]+")
 
 
