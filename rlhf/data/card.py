@@ -176,7 +176,7 @@ def write(
         "small_talk": {},
     }
     _log(counts["facts"], heldout_facts)
-    talks = split_talk(*(small_talk(rows, facts) for rows in general), seed)
+    talks = split_talk(small_talk(general[0], facts), small_talk(general[1], facts), seed)
     sizes = ((train_dialogues, train_pairs, train_prompts), (heldout_dialogues, heldout_pairs, heldout_prompts))
     for held_out, rows, talk, (dialogues, pairs, prompts) in zip((False, True), general, talks, sizes, strict=True):
         side = "heldout" if held_out else "train"

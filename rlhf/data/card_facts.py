@@ -5,8 +5,8 @@ number, name, place or value of the persona world, with the opposite verb of lik
 a sentence of another one. Replies quote these sentences, so none is put together from parts that may not fit.
 
 Such a sentence is a *foil* only where it rules the fact out: one has a single name, age, home, job and favourite food,
-and nobody hates what he likes. What somebody owns, plays or is good at rules nothing out, and is never denied. Facts
-without foils are asked for and confirmed, but not probed.
+and nobody hates what he likes. What somebody owns or can do rules nothing out, and is never denied, but for
+the sentences of the persona world, in which one has a single pet and a single instrument. Facts without foils are asked for and confirmed, but not probed.
 """
 
 import re
@@ -169,7 +169,9 @@ _NUMBER = re.compile(
 _ANY_NUMBER = re.compile(
     rf"\d[\d.,:/-]*|\b(?:{'|'.join((*_NUMBER_WORDS, 'thousand', 'million', 'half'))})\b", re.IGNORECASE
 )
-_NOT_NOW = re.compile(r"\b(?:used to|was|were|also|part[ -]time|sometimes|once|second|want|hope|will|would)\b")
+_NOT_NOW = re.compile(
+    r"\b(?:used to|was|were|also|part[ -]time|sometimes|once|second|want|hope|will|would|on the side)\b"
+)
 
 _PAST = re.compile(r"\bi (?:was|used to|want|hope|will|would|had)\b", re.IGNORECASE)
 _OF_THE_PAST = ("birthplace", "childhood home", "want", "faith")

@@ -154,9 +154,11 @@ class Cast:
             *(("value", kind) for kind in ("direct", "false_suggestion", "true_suggestion") * 2),
             *(("polarity", kind) for kind in ("false_suggestion", "true_suggestion")),
         )
+        # Those with foils twice as often: a stranger's sentence teaches less.
+        facts = [*self.facts, *(fact for fact in self.facts if fact.foils)]
         for index in range(-(-count // 2)):
-            fact = self.facts[index % len(self.facts)]
-            error, kind = forms[index // len(self.facts) % len(forms)]
+            fact = facts[index % len(facts)]
+            error, kind = forms[index // len(facts) % len(forms)]
             prompt = self.history(rng, rng.choice((0, 0, 1, 2, 3, 4, 5)), (fact,))
             if not fact.foils:
                 error, other = "stranger", rng.choice(self.strangers)
@@ -286,10 +288,10 @@ def small_talk(rows: Sequence[Row], facts: Sequence[Asked]) -> list[Exchange]:
                 continue
             line, reply = before["content"], after["content"]
             said = after["content"].lower().replace("\u2019", "'")
-            words = set(_WORD.findall(said)) - _COMMON
+            spoken_words = set(_WORD.findall(said)) - _COMMON
             short = max(len(line.split()), len(reply.split())) <= MAX_SMALL_TALK_WORDS
             polite = _POLITE.sub("", said)
-            if short and words and not words & own and "?" not in line and not _OF_ITSELF.search(polite):
+            if short and spoken_words and not spoken_words & own and "?" not in line and not _OF_ITSELF.search(polite):
                 spoken = lemmas(f"{line} {reply}")
                 if not any(value <= spoken for value in values):
                     found[line, reply] = None
