@@ -5,8 +5,9 @@ number, name, place or value of the persona world, with the opposite verb of lik
 a sentence of another one. Replies quote these sentences, so none is put together from parts that may not fit.
 
 Such a sentence is a *foil* only where it rules the fact out: one has a single name, age, home, job and favourite food,
-and nobody hates what he likes. What somebody owns or can do rules nothing out, and is never denied, but for
-the sentences of the persona world, in which one has a single pet and a single instrument. Facts without foils are asked for and confirmed, but not probed.
+and nobody hates what he likes. What somebody owns or can do rules nothing out, and is never denied, but for the sentences
+of the persona world, in which one has a single pet and plays a single instrument. Facts without foils are asked for and
+confirmed, but not probed.
 """
 
 import re
