@@ -259,9 +259,11 @@ _POLITE = re.compile(
     r"know|think so|guess so|bet|wish you|appreciate|can imagine|will try)\b|\b(?:thank you|tell me|let me know|excuse me)\b"
 )
 _OF_ITSELF = re.compile(
-    r"\b(?:i|i'm|i've|i'd|i'll|im|ive|me|my|mine|myself|we|we're|we've|our|ours|us|same here|as well|too|both|either|"
+    r"\b(?:i|i'm|i've|i'd|i'll|im|ive|me|my|mine|myself|we|we're|we've|our|ours|us|same here|as well|too|he|she|him|her|his|both|either|"
     r"neither)\b"
 )
+# A question, or a word about what is the assistant's, would be answered with something of its own.
+_ASKING = re.compile(r"\?|\byour\b|\bmust be\b|\btell me\b")
 _COMMON_WORDS = (
     "a an the you your he it we they is are was be do does did have has had will would can could to of and or but in on at "
     "for with from as so too not no yes that this what how very"
@@ -291,7 +293,13 @@ def small_talk(rows: Sequence[Row], facts: Sequence[Asked]) -> list[Exchange]:
             spoken_words = set(_WORD.findall(said)) - _COMMON
             short = max(len(line.split()), len(reply.split())) <= MAX_SMALL_TALK_WORDS
             polite = _POLITE.sub("", said)
-            if short and spoken_words and not spoken_words & own and "?" not in line and not _OF_ITSELF.search(polite):
+            if (
+                short
+                and spoken_words
+                and not spoken_words & own
+                and not _ASKING.search(line.lower())
+                and not _OF_ITSELF.search(polite)
+            ):
                 spoken = lemmas(f"{line} {reply}")
                 if not any(value <= spoken for value in values):
                     found[line, reply] = None
