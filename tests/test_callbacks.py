@@ -196,6 +196,15 @@ def test_precision_guard(stage, train, parents, four_bit, tmp_path):
         train(stage, tmp_path / stage, **parents(stage), dtype="float16", max_steps=2)
 
 
+def test_ppo_trains_in_float32_on_a_half_precision_base(train, parents, tmp_path):
+    run = train("ppo", tmp_path / "ppo", **parents("ppo"), dtype="float16")
+    trainable = {name: p.dtype for name, p in run.trainer.model.named_parameters() if p.requires_grad}
+    assert set(trainable.values()) == {torch.float32}
+    assert any("lora" in name for name in trainable) and any("value_head" in name for name in trainable)
+    assert torch.float16 in {p.dtype for p in run.trainer.model.parameters() if not p.requires_grad}
+    assert run.moved() == set(trainable)
+
+
 # Gradient checkpointing
 
 
