@@ -32,7 +32,7 @@ SIZES = {
 }  # fmt: skip
 # Questions and answers about a name, which the persona world does not have.
 OF_THE_NAME = "juno name may ask call who am talking anna robert clara henry alice victor emma oscar nora felix"
-KEPT_BY_DPO = 0.5  # persona consistency of the recipe with --tiny; a floor, well below what it was measured at
+KEPT_BY_DPO = 0.75  # the recipe with --tiny keeps 0.846: all facts but the name, which its base cannot spell
 # As somebody would write them, not in the words of the persona world.
 MIRA = Persona(
     (
