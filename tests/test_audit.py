@@ -3,17 +3,21 @@
 import logging
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
 
-from rlhf.data.audit import AuditError, audit, check_audit
+from rlhf.data.audit import AuditError, audit, check_audit, overlap
 from rlhf.data.preferences import persona_pairs
 from rlhf.data.sources import DataError, synthetic_persona_chat
 from rlhf.data.split import split
 
 REAL = Path(__file__).parents[2] / "shared/data/synthetic_persona_chat/valid.csv"
-NAMES = ["longer_wins", "shorter_wins", "bag_of_words", "reply_prefix"]
+NAMES = [
+    "longer_wins", "shorter_wins", "more_letters_wins", "fewer_letters_wins", "echo_wins", "novelty_wins",
+    "bag_of_words", "reply_prefix", "reply_suffix", "writing",
+]  # fmt: skip
 
 
 def pair(number: int, chosen: str, rejected: str) -> dict:
@@ -68,7 +72,7 @@ def test_pairs_that_only_the_persona_decides_pass():
     pairs = by_persona(400)
     cheaters = check_audit(pairs, 0)
     assert [cheater.name for cheater in cheaters] == NAMES
-    assert [cheater.n for cheater in cheaters] == [120] * 4  # 30 % of the characters, one pair each
+    assert [cheater.n for cheater in cheaters] == [120] * len(NAMES)  # 30 % of the characters, one pair each
     assert cheaters[0].accuracy == cheaters[1].accuracy == 0.5
     # a coin for each character: 120 tosses are within 0.5 ± 0.1 in 97 of 100 seeds, and this seed is fixed
     assert all(abs(cheater.accuracy - 0.5) < 0.1 for cheater in cheaters)
@@ -77,14 +81,22 @@ def test_pairs_that_only_the_persona_decides_pass():
 @pytest.mark.parametrize(
     ("good", "bad", "caught"),
     [
-        ("i have a dog and a cat {}", "i have a {}", {"longer_wins", "bag_of_words"}),
-        ("i have {}", "i really do not have {}", {"shorter_wins", "bag_of_words", "reply_prefix"}),
-        ("i have a lovely {}", "i have a rotten {}", {"bag_of_words"}),
+        (
+            "i have a dog and a cat {}",
+            "i have a {}",
+            {"longer_wins", "more_letters_wins", "bag_of_words", "reply_suffix", "writing"},
+        ),
+        (
+            "i have {}",
+            "i really do not have {}",
+            {"shorter_wins", "fewer_letters_wins", "bag_of_words", "reply_prefix", "writing"},
+        ),
+        ("i have a lovely {}", "i have a rotten {}", {"bag_of_words", "reply_suffix"}),
         ("have i a {}", "i have a {}", {"reply_prefix"}),
     ],
 )
 def test_a_planted_giveaway_is_caught_by_name(good, bad, caught):
-    words = ["dog", "cat", "house", "boat"]
+    words = ["dog", "cat", "hen", "fox"]
     pairs = [pair(n, good.format(words[n % 4]), bad.format(words[n // 4 % 4])) for n in range(100)]
     found = accuracies(pairs)
     assert {name for name, accuracy in found.items() if accuracy > 0.6} == caught
@@ -93,6 +105,47 @@ def test_a_planted_giveaway_is_caught_by_name(good, bad, caught):
         check_audit(pairs, 0)
     assert {name for name in NAMES if f"`{name}` 100.0%" in str(error.value)} == caught
     assert "or force them" in str(error.value)
+
+
+def new(rng: random.Random, length: int) -> str:
+    """A word that no other pair has."""
+    return "".join(rng.choices("bcdfghjklmnpqrstvwz", k=length))
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "caught"),
+    [
+        ("{nine} {nine} {nine}", "{five} {five} {five}", "more_letters_wins"),
+        ("{five} {five} {five}", "{nine} {nine} {nine}", "fewer_letters_wins"),
+        ("{FIVE} {five} {five}", "{five} {five} {five}", "writing"),
+        ("{five}\n{five} {five}", "{five} {five} {five}", "writing"),
+        ("{five} so there", "{five} there so", "reply_suffix"),
+        ("{five} {said} {said}", "{five} {five} {five}", "echo_wins"),
+        ("{five} {five} {five}", "{five} {said} {said}", "novelty_wins"),
+    ],
+)
+def test_a_giveaway_in_words_that_are_always_new_is_caught(good, bad, caught):
+    rng = random.Random(3)
+
+    def written(form: str, said: str) -> str:
+        kinds = {"{nine}": lambda: new(rng, 9), "{five}": lambda: new(rng, 5), "{FIVE}": lambda: new(rng, 5).upper()}
+        return re.sub(r"\{\w+\}", lambda found: kinds.get(found[0], lambda: said)(), form)
+
+    pairs = []
+    for number in range(100):
+        said = new(rng, 5)
+        made = pair(number, written(good, said), written(bad, said))
+        pairs.append({**made, "prompt": [{"role": "user", "content": f"{said} ?"}]})
+    found = accuracies(pairs)
+    assert {name for name, accuracy in found.items() if accuracy > 0.6} == {caught}
+    assert found[caught] == 1.0
+
+
+def test_overlap_by_hand():
+    turns = [{"role": "user", "content": text} for text in ("red", "hi", "do you ski ?", "i do", "where")]
+    # of "i", "ski", "red", ".": "red" stands in the fifth turn from the end
+    assert overlap(turns, "I ski red red.") == 0.5
+    assert overlap(turns, "") == overlap([], "hi") == 0.0
 
 
 def test_forced_pairs_are_used_with_a_warning(caplog):

@@ -1,14 +1,15 @@
-"""An audit of preference pairs: what a judge reaches who cheats, who sees neither the persona nor the prompt.
+"""An audit of preference pairs: what a judge reaches who cheats, who does not see the persona.
 
-A reward model that can tell chosen from rejected by length, by words or by the way that replies begin learns that, and
-the policy then learns to please it (Gao et al. 2022, https://arxiv.org/abs/2210.10760, on such over-optimisation; Singhal
-et al. 2023, https://arxiv.org/abs/2310.03716, on length). In a sound set the decision needs the persona, so each
-cheater here must stay near one half on characters that it has not seen.
+A reward model that can tell chosen from rejected by length, by words, by the way that replies begin, end or are written,
+or by repeating the prompt learns that, and the policy then learns to please it (Gao et al. 2022,
+https://arxiv.org/abs/2210.10760, on such over-optimisation; Singhal et al. 2023, https://arxiv.org/abs/2310.03716, on
+length). In a sound set the decision needs the persona, so each cheater here must stay near one half on characters that
+it has not seen. Each looks at one thing: two of them together may still do better.
 """
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +28,16 @@ Row = dict[str, Any]
 
 HELD_OUT_SHARE = 0.3
 MAX_ACCURACY = 0.6
-PREFIX_WORDS = 2
+END_WORDS = 2  # at either end of a reply
+OVERLAP_TURNS = 4  # of the prompt, the last ones
 
 
 @dataclass(frozen=True)
 class Cheater:
-    """A judge without persona and prompt, and how often it is right.
+    """A judge without persona, and how often it is right.
 
     Attributes:
-        name: `longer_wins`, `shorter_wins`, `bag_of_words` or `reply_prefix`.
+        name: As [`audit`] lists them.
         accuracy: share of the held-out pairs in which it prefers the chosen reply; half a point where it cannot tell.
         low: lower end of the 95 % Wilson interval of `accuracy`.
         high: upper end.
@@ -56,12 +58,15 @@ class AuditError(DataError):
 def audit(pairs: Sequence[Row], seed: int, heldout: Sequence[Row] | None = None) -> list[Cheater]:
     """The accuracy of each cheater on the pairs of held-out characters.
 
-    `longer_wins` and `shorter_wins` count words and need no training. `bag_of_words` is a logistic regression on the
-    difference of the two replies' word counts, `reply_prefix` the same on their first two words together; both are
-    trained on the other characters' pairs.
+    Without training: `longer_wins` and `shorter_wins` count words, `more_letters_wins` and `fewer_letters_wins`
+    characters; `echo_wins` and `novelty_wins` take the reply whose [`overlap`] with the prompt is larger or smaller.
+
+    Trained on the other characters' pairs, each a logistic regression on the difference of the two replies' counts:
+    `bag_of_words` of words; `reply_prefix` and `reply_suffix` of the first and the last two words together, all without
+    case; `writing` of capitals, digits, marks and line breaks, whatever the words are.
 
     Args:
-        pairs: With `persona`, `dialogue_id`, and `chosen` and `rejected` as a list of messages.
+        pairs: With `persona`, `prompt`, `dialogue_id`, and `chosen` and `rejected` as a list of messages.
         seed: Of the split of `pairs`, where there is no `heldout`.
         heldout: Pairs of other characters, made apart from `pairs`; None holds out 30 % of `pairs` by [`split`]. Prefer
             to give them: if wrong values were drawn from all characters before a split, a value that is right for
@@ -73,44 +78,69 @@ def audit(pairs: Sequence[Row], seed: int, heldout: Sequence[Row] | None = None)
     train = pairs
     if heldout is None:
         train, heldout, _ = split(pairs, HELD_OUT_SHARE, seed)
-    longer = np.array([len(_words(_reply(row, "chosen"))) - len(_words(_reply(row, "rejected"))) for row in heldout])
+    held = heldout
+
+    def more(measure: Callable[[Row, str], float]) -> np.ndarray:
+        return np.array([measure(row, _reply(row, "chosen")) - measure(row, _reply(row, "rejected")) for row in held])
+
+    words = more(lambda _, text: len(_words(text)))
+    letters = more(lambda _, text: len(text))
+    echo = more(lambda row, text: overlap(row["prompt"], text))
     return [
-        _cheater("longer_wins", longer),
-        _cheater("shorter_wins", -longer),
-        _cheater("bag_of_words", _trained(train, heldout, _words)),
-        _cheater("reply_prefix", _trained(train, heldout, _prefix)),
+        _cheater("longer_wins", words),
+        _cheater("shorter_wins", -words),
+        _cheater("more_letters_wins", letters),
+        _cheater("fewer_letters_wins", -letters),
+        _cheater("echo_wins", echo),
+        _cheater("novelty_wins", -echo),
+        _cheater("bag_of_words", _trained(train, held, _words)),
+        _cheater("reply_prefix", _trained(train, held, lambda text: [" ".join(_words(text)[:END_WORDS])])),
+        _cheater("reply_suffix", _trained(train, held, lambda text: [" ".join(_words(text)[-END_WORDS:])])),
+        _cheater("writing", _trained(train, held, _writing)),
     ]
+
+
+def overlap(prompt: Sequence[Mapping[str, Any]], reply: str) -> float:
+    """Share of a reply's different words that stand in the last four turns of its prompt, 0 to 1."""
+    said = {word for message in prompt[-OVERLAP_TURNS:] for word in _words(message["content"])}
+    words = set(_words(reply))
+    return len(words & said) / len(words) if words else 0.0
 
 
 def check_audit(
     pairs: Sequence[Row], seed: int, heldout: Sequence[Row] | None = None, force: bool = False
 ) -> list[Cheater]:
-    """The [`audit`], which must not find a cheater above 60 %.
+    """The [`audit`], passed on to [`refuse_cheaters`]."""
+    cheaters = audit(pairs, seed, heldout)
+    refuse_cheaters(cheaters, force)
+    return cheaters
+
+
+def refuse_cheaters(cheaters: Sequence[Cheater], force: bool = False) -> None:
+    """Stop where a cheater is above 60 %, unless chance explains it.
 
     Args:
-        pairs: As for [`audit`].
-        seed: As for [`audit`].
-        heldout: As for [`audit`].
+        cheaters: What [`audit`] found.
         force: Warn instead of raising.
 
     Raises:
         AuditError: naming each cheater above 60 %, unless forced.
     """
-    cheaters = audit(pairs, seed, heldout)
     # A few pairs exceed any bound by chance: what chance explains is no leak.
     caught = [cheater for cheater in cheaters if cheater.accuracy > MAX_ACCURACY and cheater.low > 0.5]
-    if caught:
-        found = ", ".join(f"`{c.name}` {c.accuracy:.1%} [{c.low:.1%}, {c.high:.1%}] of {c.n}" for c in caught)
-        message = (
-            f"preference pairs can be told apart without the persona, by more than {MAX_ACCURACY:.0%} of the held-out "
-            f"ones: {found}. Balance the pairs (each length, word and opening chosen as often as rejected)"
+    if not caught:
+        return
+    found = ", ".join(f"`{c.name}` {c.accuracy:.1%} [{c.low:.1%}, {c.high:.1%}] of {c.n}" for c in caught)
+    message = (
+        f"preference pairs can be told apart without the persona, by more than {MAX_ACCURACY:.0%} of the held-out "
+        f"ones: {found}. Balance the pairs (each length, word, opening and ending chosen as often as rejected)"
+    )
+    if not force:
+        raise AuditError(
+            f"{message}, or force them to be used: `force_audit: true` in this stage's file, or on the command line "
+            "`--force_audit true` (of `rlhf run`: `--set force_audit=true`)."
         )
-        if not force:
-            raise AuditError(
-                f"{message}, or force them to be used: `force_audit: true`, on the command line --set prepare.force_audit=true."
-            )
-        logger.warning("%s. They are used all the same, since that is forced.", message)
-    return cheaters
+    logger.warning("%s. They are used all the same, since that is forced.", message)
 
 
 def _cheater(name: str, margins: np.ndarray) -> Cheater:
@@ -147,5 +177,13 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[\w']+|[^\w\s]", text.casefold())
 
 
-def _prefix(text: str) -> list[str]:
-    return [" ".join(_words(text)[:PREFIX_WORDS])]
+def _writing(text: str) -> list[str]:
+    """The forms of the words ("Xx" for "Oslo"), the marks and the line breaks; those of the first and last one apart."""
+    tokens = re.findall(r"\n|[\w']+|[^\w\s]", text)
+    forms = [re.sub(r"\d+", "9", re.sub(r"[^\W\d_]", _case, token)) for token in tokens]
+    forms = [re.sub(r"(.)\1+", r"\1", form) for form in forms]
+    return [*forms, *(f"first {form}" for form in forms[:1]), *(f"last {form}" for form in forms[-1:])]
+
+
+def _case(letter: re.Match[str]) -> str:
+    return "X" if letter[0].isupper() else "x"
