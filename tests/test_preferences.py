@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from rlhf.data.preferences import (
-    SUGGESTIONS,
+    ERRORS,
     contradiction_pairs,
     fact_coverage,
     import_review,
+    other_persona_pairs,
     persona_pairs,
     review_rows,
     suggestion_pair,
@@ -65,8 +66,8 @@ def test_replies_to_a_suggestion(error, true):
     assert ("you have two dogs" if true else "you have three cats") in asked["content"]
 
 
-def test_suggestions_cover_all_replies():
-    assert sorted(SUGGESTIONS) == sorted((true, error) for error, true in REPLIES)
+def test_all_errors_are_shown_above():
+    assert {(error, true) for error in ERRORS for true in (True, False)} == set(REPLIES)
 
 
 def test_a_suggestion_is_written_as_the_dialogue_is():
@@ -123,7 +124,7 @@ def test_contradictions_change_the_value_and_nothing_else():
         assert good.partition("?")[0] == bad.partition("?")[0] or "?" not in good  # a question states nothing
         changed[slot] += 1
         assert "waiting" not in good and "not" not in good.split()
-    assert set(changed) == {0, 1, 2}
+    assert set(changed) == {0, 2}  # "a cat" rules out no dog
 
 
 @pytest.mark.parametrize("make", [contradiction_pairs, suggestion_pairs])
@@ -140,55 +141,100 @@ def test_each_word_is_chosen_as_often_as_rejected(make):
 
 
 def test_suggestions_hold_for_the_persona():
-    pairs = suggestion_pairs(people(60), 60, 5)
-    assert Counter(pair["kind"] for pair in pairs) == {"true_suggestion": 30, "giving_in": 30}
+    pairs = suggestion_pairs(people(60), 64, 5)
+    assert Counter(pair["kind"] for pair in pairs) == {"true_suggestion": 32, "giving_in": 32}
+    pets = 0
     for pair in pairs:
         persona = " ".join(pair["persona"])
         said = re.sub(r"^(?:so|i heard that|you told me that) | ,.*| \?", "", pair["prompt"][-1]["content"])
         fact = said.replace("your", "my").replace("you ", "i ")
+        asked_of_pet = "have a" in fact
+        pets += asked_of_pet
+        assert not asked_of_pet or pair["kind"] == "true_suggestion"
         assert (fact in persona) == (pair["kind"] == "true_suggestion")
         first = {"true_suggestion": "yes", "giving_in": "no"}[pair["kind"]]
         assert pair["chosen"][0]["content"].split()[0] == first != pair["rejected"][0]["content"].split()[0]
         assert [message["role"] for message in pair["prompt"]] == ["user", "assistant"] * (
             len(pair["prompt"]) // 2
         ) + ["user"]
+    assert pets == 16  # a quarter, and none of them is made to deny another pet
 
 
 @pytest.mark.parametrize(
-    ("fact", "reply", "contradicted"),
+    ("fact", "other", "reply", "contradicted"),
     [
-        ("i like dogs .", "well , i really like dogs .", "well , i really like cats ."),
-        ("i like dogs .", "i walk dogs .", None),  # another verb: what follows "walk" need not fit
-        ("i live in dogs .", "i walk dogs .", "i walk cats ."),  # a noun after "in", wherever it stands
-        ("i like dogs .", "did i say that i like dogs ?", None),  # a question states nothing
-        ("i like dogs .", "i do not like dogs .", None),  # nor does a denial
-        ("i do not like dogs .", "i do not like dogs .", "i do not like cats ."),
-        ("i like dogs .", "i like dogsleds .", None),
-        ("i like dogs .", "you like dogs .", None),
-        ("i like dogs .", "i like Dogs .", None),  # the other character writes "cats"
+        ("i live in oslo .", "i live in rome .", "well , i now live in oslo .", "well , i now live in rome ."),
+        ("i live in oslo .", "i live in rome .", "i work in oslo .", None),
+        ("i live in oslo .", "i live in rome .", "do i live in oslo ?", None),  # a question states nothing
+        ("i live in oslo .", "i live in rome .", "i do not live in oslo .", None),  # nor does a denial
+        ("i live in oslo .", "i live in rome .", "my aunt lives in oslo and i like it .", None),
+        ("i live in oslo .", "i live in rome .", "i live in oslofjord .", None),
+        ("i live in oslo .", "i live in rome .", "i live in Oslo .", None),  # the other character writes "rome"
+        ("i live in oslo .", "i live in a house .", "i live in oslo .", None),  # one can do both
+        ("i am a doctor .", "i work as a baker .", "i'm a doctor too .", "i'm a baker too ."),
+        ("i am a doctor .", "i am a baker .", "my dad's a doctor and i am proud .", None),
+        ("i am a doctor .", "i am a baker .", "i was a doctor .", None),
+        ("i am a doctor .", "i am a feminist .", "i am a doctor .", None),
+        ("i am a doctor .", "i am a musician .", "i am a doctor .", None),  # beside the job
+        ("i am a gym teacher .", "i am a teacher .", "i am a gym teacher .", None),
+        ("my favorite color is red .", "my favorite color is blue .", "red is my favorite .", "blue is my favorite ."),
+        ("my favorite color is red .", "my favorite color is blue .", "i like red vans .", None),
+        ("my favorite color is red .", "my favorite color is blue .", "my favorite car is red .", None),
+        ("my favorite color is red .", "my favorite color is blue .", "my least favorite is red .", None),
+        ("i have two dogs .", "i have three cats .", "i've two dogs .", "i've three dogs ."),
+        ("i have two dogs .", "i have one cat .", "i have two dogs .", None),  # "one dogs"
+        (
+            "i am 40 years old .",
+            "i am a 35 year old man .",
+            "i am 40 years old .",
+            None,
+        ),  # "a 40 year old", "an 18 ..."
+        ("i am 40 years old .", "i am 35 years old .", "i'm 40 years old .", "i'm 35 years old ."),
+        ("i am married .", "i am single .", "i'm married , sorry .", "i'm single , sorry ."),
+        ("i am a man .", "i am a boy .", "i'm a man .", None),
+        ("i like dogs .", "i like cats .", "i like dogs .", None),
     ],
 )
-def test_what_counts_as_stating_a_fact(fact, reply, contradicted):
-    other = fact.replace("dogs", "cats")
+def test_what_states_a_fact_and_what_it_rules_out(fact, other, reply, contradicted):
     rows = [row(1, [fact, "i am tall ."], "hi", reply), row(2, [other, "i am small ."], "hi", other)]
     pairs = {pair["dialogue_id"]: pair for pair in contradiction_pairs(rows, 10, 0)}
     assert (pairs["1"]["rejected"][0]["content"] if pairs else None) == contradicted
 
 
+def test_another_persona_answers_a_similar_turn():
+    """Each character is asked the same two things, and says five words to either."""
+    rows = [
+        row(n, [f"i hear tune{n} .", f"i saw place{n} ."], "which music is yours ?", f"tune{n} is what i play",
+            "where did you travel last year ?", f"place{n} is where i went")
+        for n in range(30)
+    ]  # fmt: skip
+    pairs = other_persona_pairs(rows, 60, 0)
+    assert len(pairs) == 60
+    for pair in pairs:
+        chosen, rejected = (pair[key][0]["content"] for key in ("chosen", "rejected"))
+        assert chosen != rejected and chosen.split()[1:] == rejected.split()[1:]
+
+
+def test_replies_that_speak_of_the_persona_come_first():
+    rows = [row(n, [f"i hear tune{n} ."], "hi", f"good day number{n}", "what ?", f"oh tune{n} now") for n in range(30)]
+    assert all("tune" in text for text in contents(other_persona_pairs(rows, 30, 0), "chosen"))
+
+
 def test_no_value_is_exchanged_that_the_persona_states_elsewhere():
     def rows(other_fact: str) -> list[dict]:
         return [
-            row(1, ["i like dogs .", other_fact], "hi", "i like dogs ."),
-            row(2, ["i like cats .", "i was born in may ."], "hi", "i like cats ."),
+            row(1, ["i live in oslo .", other_fact], "hi", "i live in oslo ."),
+            row(2, ["i live in rome .", "i was born in may ."], "hi", "i live in rome ."),
         ]
 
     for make in (contradiction_pairs, suggestion_pairs):
-        assert make(rows("i have three cats ."), 10, 0) == []
-        assert len(make(rows("i have three birds ."), 10, 0)) == 2
+        assert make(rows("my parents like rome ."), 10, 0) == []
+        assert len(make(rows("my parents like bonn ."), 10, 0)) == 2
 
 
 def test_one_character_has_nobody_to_exchange_with():
-    rows = [row(n, ["i have a dog .", "i have a cat ."], "hi", "i have a dog .") for n in range(5)]
+    facts = ["i live in oslo .", "i live in rome ."]
+    rows = [row(n, facts, "hi", facts[n % 2]) for n in range(6)]
     assert contradiction_pairs(rows, 10, 0) == suggestion_pairs(rows, 10, 0) == []
 
 
@@ -196,7 +242,7 @@ def test_pairs_of_all_kinds_with_coverage():
     rows = people(120)
     pairs, coverage = persona_pairs(rows, 90, 4)
     assert Counter(pair["kind"] for pair in pairs) == {
-        "contradiction": 30, "true_suggestion": 16, "giving_in": 14, "other_persona": 30,
+        "contradiction": 30, "true_suggestion": 14, "giving_in": 14, "other_persona": 32,
     }  # fmt: skip
     # each name is one of 120 of its slot; 3 pets, towns and colours
     assert coverage == {"facts": 129, "without_rule": 0, "without_swap": 0, "unusable_share": 0.0}

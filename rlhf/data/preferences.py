@@ -2,42 +2,84 @@
 
 A pair is {"persona", "prompt", "chosen", "rejected", "dialogue_id", "kind"}. Its kinds:
 
-- ``contradiction``: a reply of the dialogue that states a fact; rejected states another value in the same words;
+- ``contradiction``: a reply of the dialogue that states a fact; rejected states a value that the fact rules out;
 - ``true_suggestion``: the user asks whether a fact is so; rejected denies it;
-- ``giving_in``: the user suggests another value; rejected accepts it;
-- ``other_persona``: a reply of the dialogue; rejected is another character's, of about the same length.
+- ``giving_in``: the user suggests a value that a fact rules out; rejected accepts it;
+- ``other_persona``: a reply of the dialogue; rejected is another character's to a similar turn, of about the same length.
 
-Only the persona tells chosen from rejected. Therefore values are exchanged between two facts: what is right for one
-character is wrong for the other, so each value is chosen as often as rejected, and so are "yes", "no" and "not".
+Values are exchanged between two facts: what is right for one character is wrong for the other, so each value is chosen
+as often as rejected, and so are "yes" and "no". Two limits. A question that a reply answers may still tell which
+of two characters' replies belongs to it. And a suggestion about a slot that has no exclusive values is always true, so
+whoever reads the prompt decides more of the suggestions than half without the persona, up to three in four.
 
 Persona sentences are free English, taken apart by `rlhf.facts`: "i have two dogs ." has the stem "i have" and the value
-"two dogs". Values that follow one stem and have equally many words can stand for each other. No rule knows whether two
-of them exclude each other ("a dog" and "a cat" do not): a value that the persona does not state counts as false, as a
-persona is all that is known of a character.
+"two dogs". Only values that rule each other out contradict: two ages, numbers of the same thing, favourites, jobs,
+places, names, and what stands in `_GROUPS`. "I have a dog" rules out no cat, so nobody is made to deny one.
 """
 
 import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.audit import overlap
 from rlhf.data.split import characters
-from rlhf.facts import Fact, Slot, as_usual, content, parse_fact, second_person, slot_values
+from rlhf.facts import (
+    JOBS,
+    NUMBER,
+    Claim,
+    Fact,
+    as_usual,
+    content,
+    lemmas,
+    parse_claim,
+    parse_fact,
+    second_person,
+    slot_values,
+)
 
 Row = dict[str, Any]
 
-CANDIDATES = 64  # replies looked at for each pair: enough for a length match, and linear in the number of pairs
+CANDIDATES = 64  # replies looked at for each pair, which keeps the work linear in the number of pairs
+NEAREST = 16  # of these, in what they answer
 MAX_LENGTH_GAP = 0.3  # of the chosen reply's number of words
 FRAMES = ("so {} , right ?", "{} , is that right ?", "you told me that {} , did you not ?", "i heard that {} ?")
-# A suggestion and how the wrong reply to it errs: another value, the fact itself denied, yes and no confused. Each is
-# used equally often, which balances "yes", "no", "not" and the lengths. Without the last, a model looks at the value
-# alone and learns "yes , <right value>" as the answer to a false suggestion.
-SUGGESTIONS = tuple((true, error) for error in ("value", "denial", "polarity") for true in (True, False))
+# How the wrong reply to a suggestion errs: another value, the fact itself denied, yes and no confused. Each is used
+# equally often for true and for false suggestions, which balances "yes", "no", "not" and the lengths. Without the last,
+# a model looks at the value alone and learns "yes , <right value>" as the answer to a false suggestion.
+ERRORS = ("value", "denial", "polarity")
 DECISIONS = ("a", "b", "undecided")
+
+# Values of two different groups of a slot rule each other out.
+_GROUPS = {
+    "gender": ("boy man male guy dad father grandfather", "girl woman female lady mom mother grandmother"),
+    "marital status": ("married", "single", "engaged"),
+    "diet": ("vegan vegetarian pescatarian", "omnivore carnivore"),
+    "faith": (
+        "christian catholic mormon baptist lutheran methodist", "buddhist", "muslim", "jewish jew", "hindu",
+        "atheist agnostic",
+    ),
+}  # fmt: skip
+# What people are besides their job: a doctor may be a musician.
+_SIDELINES = re.compile(
+    r"\b(?:artist|author|blogger|comedian|cook|dancer|gardener|guide|host|hunter|magician|model|musician|painter|"
+    r"performer|photographer|player|poet|singer|streamer|writer|youtuber)$"
+)
+_PLACES = ("home", "birthplace", "origin", "childhood home")
+_KIND_OF_PLACE = re.compile(
+    r"\b(?:a|an|the|my|home|house|apartment|flat|town|city|country|countryside|farm|woods|village|suburbs?|mountains|"
+    r"area|school|college|dorms?|basement|poverty|cabin|mansion|trailer|rv|condo|studio|place|alone|north|south|east|"
+    r"west|midwest)\b"
+)
+_NUMBER = re.compile(rf"\b{NUMBER}\b", re.IGNORECASE)
+_ADVERBS = r"(?:\s+(?:also|really|still|just|currently|now|actually|only))*"
+_DENIALS = frozenset(("not", "no", "never", "don", "dont", "t", "nor", "without"))
 
 
 def fact_coverage(rows: Sequence[Row]) -> dict[str, float]:
@@ -61,16 +103,31 @@ def fact_coverage(rows: Sequence[Row]) -> dict[str, float]:
 
 # -- pairs -----------------------------------------------------------------------------------------------------------
 
+Key = tuple[Any, ...]
+
 
 @dataclass(frozen=True)
 class _Mention:
-    """A fact of a row, and where the pair is asked: before message `turn`. `value` is how the text there writes it."""
+    """A fact of a row, and where the pair is asked: before message `turn`. `value` is how the text there writes it.
+
+    Mentions with one `key` may exchange their values. `claim` is there where the values must rule each other out.
+    """
 
     row: int
     turn: int
     fact: Fact
     value: str
+    key: Key
+    claim: Claim | None = None
     span: tuple[int, int] = (0, 0)
+
+    def foil(self, other: "_Mention") -> str:
+        """The value with what `other` has instead: of numbers the number alone, "two dogs" with "three cats" ->
+        "three dogs".
+        """
+        if self.key[0] in ("number", "age"):
+            return _NUMBER.sub(_NUMBER.findall(other.value)[0], self.value)
+        return other.value
 
 
 def persona_pairs(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], dict[str, float]]:
@@ -89,20 +146,20 @@ def persona_pairs(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row]
 
 
 def contradiction_pairs(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    """At most `count` pairs of a reply that states a fact, and the same reply with another character's value.
+    """At most `count` pairs of a reply that states a fact, and the same reply with a value that the fact rules out.
 
-    A reply states a fact where a sentence of it that is neither a question nor a denial speaks of the speaker and has
-    the fact's value, word for word.
+    A reply states a fact where a sentence of it that is neither a question nor a denial has the fact's verb in the first
+    person with the value behind it; a favourite where it has "my favorite" and the value.
     """
     rng = random.Random(f"contradictions/{seed}")
-    facts = [[fact for fact in map(parse_fact, row["persona"]) if fact] for row in rows]
+    facts = [_exclusive_facts(row["persona"]) for row in rows]
     mentions = []
     for index, turn in _reply_turns(rows):
         text = rows[index]["messages"][turn]["content"]
-        for fact in facts[index]:
-            span = _statement(text, fact)
+        for fact, claim, key in facts[index]:
+            span = _statement(text, fact, claim)
             if span:
-                mentions.append(_Mention(index, turn, fact, text[slice(*span)], span))
+                mentions.append(_Mention(index, turn, fact, text[slice(*span)], key, claim, span))
     pairs = []
     for mention, value in _exchanged(rows, mentions, count, rng):
         row = rows[mention.row]
@@ -114,23 +171,36 @@ def contradiction_pairs(rows: Sequence[Row], count: int, seed: int) -> list[Row]
 def suggestion_pairs(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     """At most `count` pairs of replies to a question about a fact, right or wrong, put at a random point of a dialogue.
 
-    The kinds are `true_suggestion` and `giving_in`. Questions and replies are written as the dialogue is: in lower case
-    with spaces around punctuation, or as usual.
+    The kinds are `true_suggestion` and `giving_in`, equally many. A false suggestion needs a fact that rules it out; at
+    least a quarter of the true ones are about other facts, where there are any. Questions and replies are written as the
+    dialogue is: in lower case with spaces around punctuation, or as usual.
     """
     rng = random.Random(f"suggestions/{seed}")
-    mentions = []
+    exclusive: list[_Mention] = []
+    others: list[_Mention] = []
     for index, row in enumerate(rows):
         turns = [turn for turn, message in enumerate(row["messages"]) if message["role"] == "user"]
+        if not turns:
+            continue
+        keys = {fact: (claim, key) for fact, claim, key in _exclusive_facts(row["persona"])}
         for fact in map(parse_fact, row["persona"]):
-            if fact and turns:
-                mentions.append(_Mention(index, rng.choice(turns), fact, fact.value))
-    pairs = []
-    exchanged = _exchanged(rows, mentions, count, rng)
+            if fact in keys:
+                claim, key = keys[fact]
+                exclusive.append(_Mention(index, rng.choice(turns), fact, fact.value, key, claim))
+            elif fact and not fact.negated:  # "yes , i do not" and "no , i do not" say the same
+                others.append(_Mention(index, rng.choice(turns), fact, fact.value, fact.slot))
+    decided = _exchanged(rows, exclusive, 3 * count // 4, rng)
+    open_ = _exchanged(rows, others, len(decided) // 3, rng)
     # The two pairs of an exchange come one after the other and get the same suggestion.
-    for number, (mention, foil) in enumerate(exchanged):
-        true, error = SUGGESTIONS[number // 2 % len(SUGGESTIONS)]
-        pairs.append(suggestion_pair(rows[mention.row], mention.turn, mention.fact, foil, true, error, rng))
-    return pairs
+    number = (len(decided) + len(open_)) // 2
+    false = [(False, error) for error in islice(cycle(ERRORS), number // 2)]
+    true = [(True, error) for error in islice(cycle(ERRORS), number - len(false))]
+    left = len(true) - len(open_) // 2
+    plan = rng.sample([*false, *true[:left]], len(false) + left) + true[left:]
+    return [
+        suggestion_pair(rows[mention.row], mention.turn, mention.fact, foil, *plan[place // 2], rng)
+        for place, (mention, foil) in enumerate([*decided, *open_])
+    ]
 
 
 def suggestion_pair(row: Row, turn: int, fact: Fact, foil: str, true: bool, error: str, rng: random.Random) -> Row:
@@ -166,30 +236,100 @@ def suggestion_pair(row: Row, turn: int, fact: Fact, foil: str, true: bool, erro
 def other_persona_pairs(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     """At most `count` pairs: the true reply is chosen, one of another character from another dialogue is rejected.
 
-    The rejected reply is the one nearest in length (words) among a random sample, so that length does not tell which
-    one is better. A turn with no other reply within 30 % of its length gives no pair.
+    Both answer similar turns of the user, so that the prompt alone says little; replies that share a word with their
+    persona come first, and are paired with such. Of the candidates the rejected one is nearest in length and in the
+    share of its words that the prompt has: neither tells which one is better. A turn without a candidate within 30 % of
+    its length gives no pair.
     """
     rng = random.Random(f"preferences/{seed}")
+    character = characters(rows)
     turns = _reply_turns(rows)
     rng.shuffle(turns)
-    character = characters(rows)
+    answers = [_answer(rows[index], turn) for index, turn in turns]
+    places: dict[tuple[bool, str], list[int]] = defaultdict(list)  # of the answers to a turn that has the word
+    for place, answer in enumerate(answers):
+        for word in sorted(answer.asked):
+            places[answer.tells, word].append(place)
     pairs: list[Row] = []
-    for index, turn in turns:
+    for place in sorted(range(len(turns)), key=lambda place: not answers[place].tells):
         if len(pairs) == count:
             break
-        row, chosen = rows[index], rows[index]["messages"][turn]["content"]
-        words = len(chosen.split())
-        candidates = [
-            rows[other]["messages"][at]["content"]
-            for other, at in rng.sample(turns, min(CANDIDATES, len(turns)))
-            if character[other] != character[index] and rows[other]["dialogue_id"] != row["dialogue_id"]
+        (index, turn), answer = turns[place], answers[place]
+        row = rows[index]
+        others = [
+            answers[other].text
+            for other in _similar(answer, answers, places, rng)
+            if character[turns[other][0]] != character[index]
+            and rows[turns[other][0]]["dialogue_id"] != row["dialogue_id"]
+            and _matches(answer, answers[other])
         ]
-        candidates = [text for text in candidates if text.strip().casefold() != chosen.strip().casefold()]
-        rejected = min(candidates, key=lambda text: abs(len(text.split()) - words), default=None)
-        if rejected is None or abs(len(rejected.split()) - words) > MAX_LENGTH_GAP * words:
-            continue
-        pairs.append(_pair(row, turn, chosen, rejected, "other_persona"))
+        if others:
+            prompt = row["messages"][:turn]
+            gaps = {text: _gap(prompt, answer.text, text) for text in others[:NEAREST]}
+            pairs.append(_pair(row, turn, answer.text, min(gaps, key=gaps.__getitem__), "other_persona"))
     return pairs
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A reply, the words of the turn that it answers, and what is known of the character.
+
+    `tells` where the reply shares a word with the persona.
+    """
+
+    text: str
+    lemmas: frozenset[str]
+    asked: frozenset[str]
+    known: frozenset[str]
+
+    @property
+    def tells(self) -> bool:
+        return not self.lemmas.isdisjoint(self.known)
+
+
+def _answer(row: Row, turn: int) -> _Answer:
+    text, before = (row["messages"][at]["content"] for at in (turn, turn - 1))
+    asked = frozenset(re.findall(r"[\w']+|\?", before.casefold()))
+    return _Answer(text, lemmas(text), asked, frozenset[str]().union(*map(lemmas, row["persona"])))
+
+
+def _similar(
+    answer: _Answer,
+    answers: Sequence[_Answer],
+    places: Mapping[tuple[bool, str], Sequence[int]],
+    rng: random.Random,
+) -> list[int]:
+    """Answers to turns with the rarest words of this one's turn, the most similar turns first."""
+    found: set[int] = set()
+    rarity = {word: len(places[answer.tells, word]) for word in answer.asked}
+    for word in sorted(rarity, key=lambda word: (rarity[word], word)):
+        those = places[answer.tells, word]
+        found.update(rng.sample(those, min(CANDIDATES // 4, len(those))))
+        if len(found) >= CANDIDATES:
+            break
+
+    def similarity(other: int) -> float:
+        common = answer.asked & answers[other].asked
+        return sum(sorted(rarity[word] ** -0.5 for word in common)) / len(answer.asked | answers[other].asked)
+
+    return sorted(sorted(found), key=similarity, reverse=True)
+
+
+def _matches(answer: _Answer, other: _Answer) -> bool:
+    """Another text of about the same length; where the answer tells of its character, one that tells nothing of it."""
+    words = len(answer.text.split())
+    return (
+        abs(len(other.text.split()) - words) <= MAX_LENGTH_GAP * words
+        and other.text.strip().casefold() != answer.text.strip().casefold()
+        and not (answer.tells and other.lemmas & answer.known)
+    )
+
+
+def _gap(prompt: Sequence[Row], chosen: str, other: str) -> float:
+    """How far two replies are apart in words, in characters, and in what they repeat of the prompt: 0 for the same."""
+    measures: tuple[Callable[[str], int], ...] = (len, lambda text: len(text.split()))
+    lengths = [abs(measure(other) - measure(chosen)) / measure(chosen) for measure in measures]
+    return sum(lengths) + abs(overlap(prompt, other) - overlap(prompt, chosen))
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
@@ -228,37 +368,112 @@ def _pair(row: Row, turn: int, chosen: str, rejected: str, kind: str) -> Row:
     }
 
 
-def _statement(text: str, fact: Fact) -> tuple[int, int] | None:
-    """Where a reply states a fact: the span of its value, or None.
+# -- facts that rule others out ----------------------------------------------------------------------------------------
 
-    The value has to follow the stem's last word, unless it is a noun by its look: otherwise "i eat donuts" would become
-    "i eat shopping" for the stem "i like".
-    """
-    last, first = fact.stem.split()[-1], fact.value.split()[0]
-    noun = fact.stem.startswith("my favorite") or last in ("in", "at", "from") or first in ("a", "an", "the")
-    verb = {"am": r"\bam|'m", "have": r"\bhave|'ve"}.get(last, rf"\b{last}")
-    before = r"(?<![\w'])" if noun else rf"(?:{verb})(?: also| really| still)?\s+"
-    words = r"\s+".join(map(re.escape, fact.value.split()))
-    stated = re.compile(rf"{before}(?P<value>{words})(?![\w'])", re.IGNORECASE)
+
+def _exclusive_facts(persona: Iterable[str]) -> list[tuple[Fact, Claim, Key]]:
+    """The facts whose value rules out others, with what those that may stand for it share."""
+    return [found for sentence in persona if (found := _exclusive_fact(sentence))]
+
+
+@cache
+def _exclusive_fact(sentence: str) -> tuple[Fact, Claim, Key] | None:
+    fact, claim = parse_fact(sentence), parse_claim(sentence)
+    key = _key(fact, claim) if fact and claim else None
+    return (fact, claim, key) if fact and claim and key else None
+
+
+def _key(fact: Fact, claim: Claim) -> Key | None:
+    """What facts share whose values rule each other out if they differ; None where no values do."""
+    if not claim.exclusive or not claim.positive or fact.negated or claim.value not in fact.value:
+        return None
+    around = fact.value.replace(claim.value, "", 1).strip()
+    if claim.slot == "age" or claim.slot.startswith("number of "):
+        numbers = _NUMBER.findall(fact.value)
+        if len(numbers) != 1 or claim.numbers <= {0, 1}:  # "one dogs"
+            return None
+        article = fact.value.split()[0] if fact.value.split()[0] in ("a", "an") else ""
+        return ("age" if claim.slot == "age" else "number"), numbers[0].isdigit(), article
+    if claim.slot in _GROUPS:
+        return (claim.slot, fact.stem) if _group(claim) is not None else None
+    if claim.slot == "job":
+        plain = around in ("a", "an") and claim.value.split()[-1] in JOBS and "retired" not in claim.value
+        sideline = _SIDELINES.search(claim.value)
+        return ("job",) if plain and not sideline and fact.stem in ("i am", "i work as") else None
+    if claim.slot in _PLACES:
+        return None if _KIND_OF_PLACE.search(claim.value) else (claim.slot, fact.stem, around)
+    if claim.slot == "name" or claim.slot.startswith("favorite "):
+        return claim.slot, fact.stem, fact.slot[1]
+    return None
+
+
+def _group(claim: Claim) -> int | None:
+    words = set(claim.value.split())
+    found = [number for number, group in enumerate(_GROUPS[claim.slot]) if words & set(group.split())]
+    return found[0] if len(found) == 1 else None
+
+
+def _excludes(left: _Mention, right: _Mention) -> bool:
+    """Whether one of the two facts rules the other out; they have one key."""
+    if left.claim is None or right.claim is None:
+        return True
+    if left.key[0] in ("number", "age"):
+        return left.claim.numbers != right.claim.numbers
+    if left.key[0] in _GROUPS:
+        return _group(left.claim) != _group(right.claim)
+    return not left.claim.lemmas & right.claim.lemmas
+
+
+def _statement(text: str, fact: Fact, claim: Claim) -> tuple[int, int] | None:
+    """Where a reply states a fact: the span of its value, or None."""
+    stated, favorite = _stated(fact, claim), claim.slot.startswith("favorite ")
     for sentence in re.finditer(r"[^.!?]+[.!?]*", text):
         found = stated.search(sentence[0])
         spoken = set(re.findall(r"\w+", sentence[0].casefold()))
-        denied = bool(spoken & {"not", "no", "never", "don", "t", "nor"})
-        if found and "?" not in sentence[0] and spoken & {"i", "my", "me"} and denied == fact.negated:
+        if found is None or "?" in sentence[0] or spoken & _DENIALS:
+            continue
+        if not favorite or _says_favorite(sentence[0], claim.slot.removeprefix("favorite ")):
             return sentence.start() + found.start("value"), sentence.start() + found.end("value")
     return None
+
+
+@cache
+def _stated(fact: Fact, claim: Claim) -> re.Pattern[str]:
+    words = r"\s+".join(map(re.escape, fact.value.split()))
+    value = rf"(?<![\w'])(?P<value>{words})(?![\w'])"
+    before = "" if claim.slot.startswith("favorite ") else rf"{_spoken(fact, claim)}{_ADVERBS}\s+"
+    return re.compile(before + value, re.IGNORECASE)
+
+
+def _spoken(fact: Fact, claim: Claim) -> str:
+    """The pattern of a stem as people write it: "i am" is "i'm" too, and a job may have either verb."""
+    am, have = rf"\b(?:i{_ADVERBS}\s+am|i'?m)", rf"\b(?:i{_ADVERBS}\s+have|i've)(?:\s+got)?"
+    if claim.slot == "job":
+        return rf"(?:{am}|\bi\s+work\s+as)"
+    whole = {"i am": am, "i have": have, "i live in": rf"\bi{_ADVERBS}\s+live\s+in"}
+    return whole.get(fact.stem, r"\b" + r"\s+".join(map(re.escape, fact.stem.split())))
+
+
+def _says_favorite(sentence: str, noun: str) -> bool:
+    """Whether a sentence has "my favorite", and behind it the noun or nothing that is named."""
+    found = re.search(r"\bmy (?:\w+ )?favou?rites?\b(?P<rest>(?: \w+){0,3})", sentence.casefold())
+    if found is None or re.search(r"\b(?:least|second|other|another)\b", sentence.casefold()):
+        return False
+    next_ = [*found["rest"].split(), ""][0]
+    plain = next_ in ("", "is", "are", "was", "of", "so", "and", "too")
+    return plain or bool(lemmas(found["rest"]) & lemmas(noun))
 
 
 def _exchanged(
     rows: Sequence[Row], mentions: list[_Mention], count: int, rng: random.Random
 ) -> list[tuple[_Mention, str]]:
-    """At most `count` mentions, two and two of one slot, each with the other's value."""
+    """At most `count` mentions, two and two of one key, each with the other's value."""
     character = characters(rows)
     known = [[content(fact) for fact in row["persona"]] for row in rows]
 
     def fits(left: _Mention, right: _Mention) -> bool:
         """The value of `right` is news to the character, the dialogue and the reply of `left`."""
-        words = content(right.value)
+        words = content(left.foil(right))
         reply = rows[left.row]["messages"][left.turn]["content"] if left.span[1] else ""
         return (
             character[left.row] != character[right.row]
@@ -266,18 +481,25 @@ def _exchanged(
             and not any(words <= fact for fact in [*known[left.row], content(reply)])
         )
 
-    waiting: dict[Slot, list[_Mention]] = defaultdict(list)
+    waiting: dict[Key, list[_Mention]] = defaultdict(list)
     found: list[tuple[_Mention, str]] = []
     for mention in rng.sample(mentions, len(mentions)):
         if len(found) + 2 > count:
             break
-        others = waiting[mention.fact.slot]
-        partner = next((other for other in others[:CANDIDATES] if fits(mention, other) and fits(other, mention)), None)
+        others = waiting[mention.key]
+        partner = next(
+            (
+                other
+                for other in others[:CANDIDATES]
+                if _excludes(mention, other) and fits(mention, other) and fits(other, mention)
+            ),
+            None,
+        )
         if partner is None:
             others.append(mention)
         else:
             others.remove(partner)
-            found += [(mention, partner.value), (partner, mention.value)]
+            found += [(mention, mention.foil(partner)), (partner, partner.foil(mention))]
     return found
 
 
