@@ -87,7 +87,7 @@ def test_replies_scored_by_the_reward_adapter(
     record = read_record(tmp_path / "pairs")
     assert record["status"] == "done" and set(record["parents"]) == {"prepare", "sft", "reward"}
     assert record["result_hash"] == folder_hash(tmp_path / "pairs")
-    assert set(record["cheaters"]) == {"longer_wins", "shorter_wins", "bag_of_words", "reply_prefix"}
+    assert set(record["cheaters"]) >= {"longer_wins", "echo_wins", "bag_of_words", "writing"}
 
     # the replies: one row a prompt, in order, and the scores those of one sequence at a time
     tokenizer = load_tokenizer(str(tiny_llama))
