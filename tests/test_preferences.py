@@ -215,6 +215,31 @@ def test_another_persona_answers_a_similar_turn():
         assert chosen != rejected and chosen.split()[1:] == rejected.split()[1:]
 
 
+def test_replies_of_two_personas_are_exchanged_even_where_their_turns_share_no_word():
+    rows = [
+        row(n, [f"i hear tune{n} ."], f"ask{n}", f"oh tune{n} now", f"more{n}", f"yes place{n} then")
+        for n in range(20)
+    ]
+    pairs = other_persona_pairs(rows, 100, 0)
+    assert sorted(contents(pairs, "chosen")) == sorted(contents(pairs, "rejected"))
+    assert len(pairs) == len(set(contents(pairs, "chosen"))) == 40
+    wrong = {pair["chosen"][0]["content"]: pair["rejected"][0]["content"] for pair in pairs}
+    assert all(wrong[wrong[text]] == text for text in wrong)
+    assert len(other_persona_pairs(rows, 5, 0)) == 5
+
+
+def test_of_similar_turns_one_is_taken_whose_replies_repeat_as_much():
+    """Exchanged between a and b, either true reply repeats a word more than the other; with c only one of the two does."""
+    rows = [
+        row(1, ["i am a ."], "i saw a red kite today", "red one then"),
+        row(2, ["i am b ."], "i saw a blue kite today", "blue one then"),
+        row(3, ["i am c ."], "was the sea red or blue", "red blue there"),
+    ]
+    for seed in range(8):  # a, b or c may be the first that is looked at
+        chosen = set(contents(other_persona_pairs(rows, 10, seed), "chosen"))
+        assert len(chosen) == 2 and chosen != {"red one then", "blue one then"}
+
+
 def test_replies_that_speak_of_the_persona_come_first():
     rows = [row(n, [f"i hear tune{n} ."], "hi", f"good day number{n}", "what ?", f"oh tune{n} now") for n in range(30)]
     assert all("tune" in text for text in contents(other_persona_pairs(rows, 30, 0), "chosen"))
@@ -254,7 +279,8 @@ def test_pairs_of_real_dialogues():
     rows = list(synthetic_persona_chat(REAL, []))
     pairs, coverage = persona_pairs(rows, 1800, 42)
     kinds = Counter(pair["kind"] for pair in pairs)
-    assert len(pairs) == 1800 and min(kinds.values()) >= 500 // 2 and kinds["contradiction"] >= 500
+    # 252 replies state a fact whose value can be exchanged; suggestions are half, the rest is of other personas
+    assert kinds == {"contradiction": 252, "true_suggestion": 386, "giving_in": 386, "other_persona": 776}
     assert coverage["facts"] == 494 and 0.4 < coverage["unusable_share"] < 0.65
     made = [pair for pair in pairs if pair["kind"] == "contradiction"]
     assert words(contents(made, "chosen")).total() == words(contents(made, "rejected")).total()

@@ -26,11 +26,11 @@ def read(path: Path) -> list[dict]:
 
 
 def conversation(number: int, turns: int) -> tuple[str, str, str]:
-    """Turns of random words, so that none is nearly another one."""
+    """Turns of random words, so that none is nearly another one, and no word of a reply tells which prompt it answers."""
     rng = random.Random(number)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(5 * turns)]
     lines = (
-        f"User {1 + turn % 2}: dialogue {number} turn {turn} caf\u00e9 {' '.join(words[5 * turn : 5 * turn + 5])}"
+        f"User {1 + turn % 2}: turn {turn} caf\u00e9 {' '.join(words[5 * turn : 5 * turn + 5])}"
         for turn in range(turns)
     )
     return f"I have cat {number}.", f"I have dog {number}.", "\n".join(lines)
@@ -58,10 +58,11 @@ def test_files_and_counts(tmp_path, data):
     assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, *beside])
     assert counts["rows"] == {name: len(read(out / name)) for name in FILES}
     # 40 dialogues of 9 turns, of one 8 are left (begins with the user, ends with a reply): 2 windows of 4 turns each.
-    # 10 of the 40 are held out; a window has 2 replies, each against another persona's, and 1 fact, asked once.
+    # 10 of the 40 are held out; a window has 2 replies, each against another persona's. A cat rules out no
+    # dog, so that no suggestion is false, and none is made.
     assert counts["rows"] == {
         "dialogues_heldout.jsonl": 20, "dialogues_train.jsonl": 60,
-        "preferences_heldout.jsonl": 40 + 20, "preferences_train.jsonl": 120 + 60,
+        "preferences_heldout.jsonl": 40, "preferences_train.jsonl": 120,
         "prompts_heldout.jsonl": 40, "prompts_train.jsonl": 120,
     }  # fmt: skip
     left_out = {key: counts[key] for key in counts if key not in ("rows", "data_hash")}
@@ -97,7 +98,7 @@ def test_windows_are_whole_turns_in_order(tmp_path, data):
     prepare(config(tmp_path, data))
     rows = [row for name in FILES[:2] for row in read(tmp_path / "out" / name)]
     cat = [row["messages"] for row in rows if row["persona"] == ["I have cat 3."]]
-    turns = [[message["content"].split()[3] for message in messages] for messages in cat]
+    turns = [[message["content"].split()[1] for message in messages] for messages in cat]
     assert turns == [["1", "2", "3", "4"], ["5", "6", "7", "8"]]
 
 

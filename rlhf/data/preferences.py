@@ -5,12 +5,13 @@ A pair is {"persona", "prompt", "chosen", "rejected", "dialogue_id", "kind"}. It
 - ``contradiction``: a reply of the dialogue that states a fact; rejected states a value that the fact rules out;
 - ``true_suggestion``: the user asks whether a fact is so; rejected denies it;
 - ``giving_in``: the user suggests a value that a fact rules out; rejected accepts it;
-- ``other_persona``: a reply of the dialogue; rejected is another character's to a similar turn, of about the same length.
+- ``other_persona``: a reply of the dialogue; rejected is another character's, to a similar turn.
 
-Values are exchanged between two facts: what is right for one character is wrong for the other, so each value is chosen
-as often as rejected, and so are "yes" and "no". Two limits. A question that a reply answers may still tell which
-of two characters' replies belongs to it. And a suggestion about a slot that has no exclusive values is always true, so
-whoever reads the prompt decides more of the suggestions than half without the persona, up to three in four.
+Values are exchanged between two facts, and replies between two turns: what is right for one character is wrong for the
+other, so each is chosen as often as rejected, and so are "yes" and "no". Three limits. A question that a reply answers
+may still tell which of two characters' replies belongs to it. A suggestion about a slot that has no exclusive values is
+always true, so whoever reads the prompt decides more of the suggestions than half without the persona, up to three in
+four. And few characters have few values to exchange: of ten held-out ones all pairs may be ``other_persona``.
 
 Persona sentences are free English, taken apart by `rlhf.facts`: "i have two dogs ." has the stem "i have" and the value
 "two dogs". Only values that rule each other out contradict: two ages, numbers of the same thing, favourites, jobs,
@@ -21,7 +22,7 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle, islice
@@ -47,7 +48,6 @@ from rlhf.facts import (
 Row = dict[str, Any]
 
 CANDIDATES = 64  # replies looked at for each pair, which keeps the work linear in the number of pairs
-NEAREST = 16  # of these, in what they answer
 MAX_LENGTH_GAP = 0.3  # of the chosen reply's number of words
 FRAMES = ("so {} , right ?", "{} , is that right ?", "you told me that {} , did you not ?", "i heard that {} ?")
 # How the wrong reply to a suggestion errs: another value, the fact itself denied, yes and no confused. Each is used
@@ -236,38 +236,52 @@ def suggestion_pair(row: Row, turn: int, fact: Fact, foil: str, true: bool, erro
 def other_persona_pairs(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     """At most `count` pairs: the true reply is chosen, one of another character from another dialogue is rejected.
 
-    Both answer similar turns of the user, so that the prompt alone says little; replies that share a word with their
-    persona come first, and are paired with such. Of the candidates the rejected one is nearest in length and in the
-    share of its words that the prompt has: neither tells which one is better. A turn without a candidate within 30 % of
-    its length gives no pair.
+    Two replies are exchanged, so that each is chosen once and rejected once and no reply is better by itself. Both answer
+    similar turns of the user, as far as there are such, so that the prompt alone says little; the most
+    similar one is taken of which the true reply repeats more of its prompt in at most one of the two pairs, if there is
+    one. Replies that share a word with their persona come first, and are exchanged with such. A reply without a candidate
+    within 30 % of its length gives no pair.
     """
     rng = random.Random(f"preferences/{seed}")
     character = characters(rows)
     turns = _reply_turns(rows)
     rng.shuffle(turns)
     answers = [_answer(rows[index], turn) for index, turn in turns]
+    prompts_ = [rows[index]["messages"][:turn] for index, turn in turns]
     places: dict[tuple[bool, str], list[int]] = defaultdict(list)  # of the answers to a turn that has the word
     for place, answer in enumerate(answers):
         for word in sorted(answer.asked):
             places[answer.tells, word].append(place)
+    used: set[int] = set()
+
+    def fits(place: int, other: int) -> bool:
+        (index, _), (other_index, _) = turns[place], turns[other]
+        return (
+            character[index] != character[other_index]
+            and rows[index]["dialogue_id"] != rows[other_index]["dialogue_id"]
+            and _matches(answers[place], answers[other])
+            and _matches(answers[other], answers[place])
+        )
+
+    def echo(place: int, other: int) -> int:
+        """-1, 0 or 1: whether the other reply or the true one repeats more of the prompt."""
+        own, wrong = (overlap(prompts_[place], answers[at].text) for at in (place, other))
+        return (own > wrong) - (own < wrong)
+
     pairs: list[Row] = []
     for place in sorted(range(len(turns)), key=lambda place: not answers[place].tells):
-        if len(pairs) == count:
+        if len(pairs) >= count:
             break
-        (index, turn), answer = turns[place], answers[place]
-        row = rows[index]
-        others = [
-            answers[other].text
-            for other in _similar(answer, answers, places, rng)
-            if character[turns[other][0]] != character[index]
-            and rows[turns[other][0]]["dialogue_id"] != row["dialogue_id"]
-            and _matches(answer, answers[other])
-        ]
+        if place in used:
+            continue
+        others = [other for other in _similar(place, answers, places, used) if fits(place, other)]
         if others:
-            prompt = row["messages"][:turn]
-            gaps = {text: _gap(prompt, answer.text, text) for text in others[:NEAREST]}
-            pairs.append(_pair(row, turn, answer.text, min(gaps, key=gaps.__getitem__), "other_persona"))
-    return pairs
+            other = min(others, key=lambda other: abs(echo(place, other) + echo(other, place)))
+            used |= {place, other}
+            for own, wrong in ((place, other), (other, place)):
+                index, turn = turns[own]
+                pairs.append(_pair(rows[index], turn, answers[own].text, answers[wrong].text, "other_persona"))
+    return pairs[:count]
 
 
 @dataclass(frozen=True)
@@ -289,22 +303,21 @@ class _Answer:
 
 def _answer(row: Row, turn: int) -> _Answer:
     text, before = (row["messages"][at]["content"] for at in (turn, turn - 1))
-    asked = frozenset(re.findall(r"[\w']+|\?", before.casefold()))
+    # All turns have the empty word, which is the most frequent one: where no other is shared, any turn is a candidate.
+    asked = frozenset(["", *re.findall(r"[\w']+|\?", before.casefold())])
     return _Answer(text, lemmas(text), asked, frozenset[str]().union(*map(lemmas, row["persona"])))
 
 
 def _similar(
-    answer: _Answer,
-    answers: Sequence[_Answer],
-    places: Mapping[tuple[bool, str], Sequence[int]],
-    rng: random.Random,
+    place: int, answers: Sequence[_Answer], places: Mapping[tuple[bool, str], Sequence[int]], used: set[int]
 ) -> list[int]:
-    """Answers to turns with the rarest words of this one's turn, the most similar turns first."""
+    """Unused answers to turns with the rarest words of this one's turn, the most similar turns first."""
+    answer = answers[place]
     found: set[int] = set()
     rarity = {word: len(places[answer.tells, word]) for word in answer.asked}
     for word in sorted(rarity, key=lambda word: (rarity[word], word)):
-        those = places[answer.tells, word]
-        found.update(rng.sample(those, min(CANDIDATES // 4, len(those))))
+        those = (other for other in places[answer.tells, word] if other != place and other not in used)
+        found.update(islice(those, CANDIDATES // 4))
         if len(found) >= CANDIDATES:
             break
 
@@ -323,13 +336,6 @@ def _matches(answer: _Answer, other: _Answer) -> bool:
         and other.text.strip().casefold() != answer.text.strip().casefold()
         and not (answer.tells and other.lemmas & answer.known)
     )
-
-
-def _gap(prompt: Sequence[Row], chosen: str, other: str) -> float:
-    """How far two replies are apart in words, in characters, and in what they repeat of the prompt: 0 for the same."""
-    measures: tuple[Callable[[str], int], ...] = (len, lambda text: len(text.split()))
-    lengths = [abs(measure(other) - measure(chosen)) / measure(chosen) for measure in measures]
-    return sum(lengths) + abs(overlap(prompt, other) - overlap(prompt, chosen))
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
