@@ -5,7 +5,9 @@ and with what a model is asked at inference. No model is loaded.
 """
 
 import itertools
+import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +25,13 @@ from rlhf.config import plan_of, values_of
 from rlhf.data.columns import length_remedy, load_rows, preference_columns, prompt_columns, sft_columns
 from rlhf.model import load_tokenizer, precision
 from rlhf.persona import with_persona
-from rlhf.record import RunError
+from rlhf.record import RunError, read_record
 
 logger = logging.getLogger(__name__)
 
 FILES = {"sft": "dialogues", "reward": "preferences", "dpo": "preferences", "ppo": "prompts"}
 SAMPLED_ROWS = 64
+LONGEST_ROWS = 8  # of a file, looked at beside the sampled ones
 _NO_LIMIT = 10**9
 
 
@@ -93,11 +96,17 @@ def examine(stage: str, configs: Sequence[Any], unmade: Sequence[str] = ()) -> E
     args = next(config for config in configs if isinstance(config, TrainingArguments))
     items = _settings(values, args)
     rows: dict[str, list[dict[str, Any]]] = {}
+    paths: dict[str, Path] = {}
+    try:
+        items += _unfinished(values["dataset"])
+    except RunError as error:
+        items.append(Item("data", False, str(error)))
     for name, side, limit in (("data", "train", "max_train_rows"), ("held-out", "heldout", "max_eval_rows")):
         path = Path(values["dataset"]) / f"{FILES[stage]}_{side}.jsonl"
         try:
             rows[side] = load_rows(path, values[limit])
-            items.append(Item(name, True, f"{len(rows[side]):,} rows in {path}"))
+            paths[side] = path
+            items.append(_apart(rows, side, name, path))
         except (OSError, ValueError) as error:
             alone = stage in ("reward", "dpo") and path.with_name(f"dialogues_{side}.jsonl").is_file()
             why = " Of one character it makes no pairs; its training.log says why." if alone else ""
@@ -110,20 +119,28 @@ def examine(stage: str, configs: Sequence[Any], unmade: Sequence[str] = ()) -> E
         return Examination([*items, Item("format", False, f"`model_name_or_path`: {error}")])
     try:
         by_row = {
-            side: [_examples(stage, row, tokenizer) for row in _spread(rows[side], SAMPLED_ROWS)] for side in rows
+            side: [
+                _examples(stage, paths[side], rows[side], place, tokenizer)
+                for place in _spread(len(rows[side]), SAMPLED_ROWS)
+            ]
+            for side in rows
         }
     except ValueError as error:
         return Examination([*items, Item("format", False, str(error))], tokenizer)
     examples = [example for side in by_row.values() for row in side for example in row]
     if examples:
         sampled = sum(map(len, by_row.values()))
+        length = _length(stage, by_row, {side: len(rows[side]) for side in rows}, values)
+        if length.passed:
+            faults = (_uncuttable(stage, paths[side], rows[side], tokenizer, values["max_length"]) for side in rows)
+            length = next((Item("length", False, fault) for fault in faults if fault), length)
         items += [
             Item("format", True, f"{sampled} sampled rows rendered, each prompt a prefix of its dialogue"),
             _mask(stage, examples, tokenizer),
             _nan(stage, examples),
             _stop(examples, tokenizer),
             _prompt(stage, examples, tokenizer),
-            _length(stage, by_row, {side: len(rows[side]) for side in rows}, values),
+            length,
         ]
     parents = [values[key] for key in ("sft_adapter", "reward_adapter") if values.get(key)]
     items += [_parent(folder, examples, tokenizer, folder in unmade) for folder in parents]
@@ -165,22 +182,84 @@ def _steps(stage: str, values: Mapping[str, Any], args: TrainingArguments, rows:
     ]
 
 
-def _spread(rows: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """At most `number` rows, evenly over all of them: a file is often sorted by source."""
-    return [rows[i * len(rows) // number] for i in range(number)] if len(rows) > number else list(rows)
+def _unfinished(dataset: str) -> list[Item]:
+    """A fault where the stage that makes the data broke off or was refused: its files may lie there all the same."""
+    record = read_record(dataset)
+    if record is None or record["status"] == "done":
+        return []
+    ended = f"ended as {record['status']!r}; its training.log says why. Run it again"
+    return [Item("data", False, f"the stage {record['stage']!r} in {dataset} {ended}")]
 
 
-def _examples(stage: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def _apart(rows: Mapping[str, Sequence[dict[str, Any]]], side: str, name: str, path: Path) -> Item:
+    """How many rows a file has, and that none of them stands in the training file too."""
+    number = len(rows[side])
+    if side == "heldout" and "train" in rows:
+        known = {json.dumps(row, sort_keys=True) for row in rows["train"]}
+        shared = sum(json.dumps(row, sort_keys=True) in known for row in rows[side])
+        if shared:
+            said = f"{shared} of {number} rows in {path} are in the training file too. Hold out other dialogues"
+            return Item(name, False, said)
+    return Item(name, True, f"{number:,} rows in {path}")
+
+
+def _spread(number: int, most: int) -> list[int]:
+    """At most `most` places, evenly over all of them: a file is often sorted by source."""
+    return [i * number // most for i in range(most)] if number > most else list(range(number))
+
+
+def _uncuttable(
+    stage: str, path: Path, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> str | None:
+    """What the training would say of a row that does not fit into `max_length` however it is cut. The longest are tried."""
+    longest = sorted(range(len(rows)), key=lambda place: -_least_characters(rows[place]))[:LONGEST_ROWS]
+    cut_rows = logging.getLogger(load_rows.__module__)
+    cut_rows.disabled, before = True, cut_rows.disabled  # how many rows are cut is said already
+    try:
+        for place in longest:
+            _columns(stage, path, rows, place, tokenizer, max_length)
+    except ValueError as error:
+        return str(error)
+    finally:
+        cut_rows.disabled = before
+    return None
+
+
+def _least_characters(row: dict[str, Any]) -> float:
+    """About what is left of a row that is cut: the persona, the last turn of the user, and the longest reply to it."""
+    try:
+        messages = with_persona(row)
+    except ValueError:
+        return math.inf  # to be looked at, and named
+    kept = [message for message in messages if message["role"] == "system"] + messages[-2:]
+    replies = [len(str(row[key])) for key in ("chosen", "rejected") if key in row]
+    return sum(len(message["content"]) for message in kept) + max(replies, default=0)
+
+
+def _columns(
+    stage: str, path: Path, rows: Sequence[dict[str, Any]], place: int, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> dict[str, Any]:
+    """What the stage's trainer is given of one row."""
+    columns = {"sft": sft_columns, "ppo": prompt_columns}.get(stage, preference_columns)
+    try:
+        return dict(columns([rows[place]], tokenizer, limit)[0])
+    except ValueError as error:
+        said = str(error).removeprefix("row 1: ")  # of the one row that was passed on
+        raise ValueError(f"{path}, row {place + 1}: {said}") from error
+
+
+def _examples(
+    stage: str, path: Path, rows: Sequence[dict[str, Any]], place: int, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
     """What the stage's trainer is given of a row, uncut."""
+    row = rows[place]
+    columns = _columns(stage, path, rows, place, tokenizer, _NO_LIMIT)
     messages = with_persona(row)
     if stage == "sft":
-        columns = sft_columns([row], tokenizer, _NO_LIMIT)[0]
         return [Example(columns["input_ids"], [int(label != -100) for label in columns["labels"]], messages)]
     if stage == "ppo":
-        columns = prompt_columns([row], tokenizer, _NO_LIMIT)[0]
         replies = [("reference", columns["reference_ids"] or [])]
     else:
-        columns = preference_columns([row], tokenizer, _NO_LIMIT)[0]
         replies = [(key, columns[f"{key}_ids"]) for key in ("chosen", "rejected")]
     prompt = columns["prompt_ids"]
     return [
@@ -230,6 +309,10 @@ def _stop(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> It
     if tokenizer.eos_token_id != found:
         return Item("stop", False, f"replies close with {name!r}, but the tokenizer stops at {tokenizer.eos_token!r}")
     runs = [ids for example in examples for _, ids in example.runs()]
+    empty = sum(ids == [found] for ids in runs)
+    if empty:
+        said = "nothing but their stop token, which teaches silence. Leave these replies out"
+        return Item("stop", False, f"{empty} of {len(runs)} trained replies have {said}")
     without = sum(ids[-1] != found or ids.count(found) != 1 for ids in runs)
     if without:
         return Item("stop", False, f"{without} of {len(runs)} trained replies do not end with one {name!r}")

@@ -83,7 +83,7 @@ def test_of_files_that_are_sampled_whole_the_share_is_that_of_the_training(confi
     def lengthen(side):
         lines = (dataset / f"dialogues_{side}.jsonl").read_text().split("\n")
         row = json.loads(lines[0])
-        row["messages"][-1]["content"] = "i have a dog . " * 100
+        row["messages"] *= 30  # of which the older ones can be cut
         (folder / f"dialogues_{side}.jsonl").write_text("\n".join([json.dumps(row), *lines[1:]]))
         shorter = [json.loads(line) for line in lines[1:] if line]
         return max(len(row["input_ids"]) for row in sft_columns(shorter, tokenizer, 10**6))
@@ -257,3 +257,70 @@ def test_a_wrong_command_for_a_recipe_is_a_message(recipe, words, message, capsy
     with pytest.raises(SystemExit) as end:
         main(["check", str(recipe), *words])
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+# -- data that would train badly, and where it is ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def changed(dataset, tmp_path):
+    """A copy of the data of which one file's rows go through `change`."""
+
+    def make(file, change):
+        folder = tmp_path / "changed"
+        shutil.copytree(dataset, folder)
+        rows = [json.loads(line) for line in (dataset / file).read_text().splitlines()]
+        change(rows)
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return make
+
+
+def test_data_of_a_stage_that_was_refused_are_no_data(configs, adapter, dataset, tmp_path):
+    folder = tmp_path / "refused"
+    shutil.copytree(dataset, folder)
+    record = json.loads((folder / "metadata.json").read_text())
+    (folder / "metadata.json").write_text(json.dumps({**record, "status": "failed"}))
+    found = failed(examine("dpo", configs("dpo", dataset=folder, sft_adapter=adapter)))
+    assert "the stage 'prepare'" in found["data"] and "ended as 'failed'" in found["data"]
+
+
+def test_empty_replies_are_seen(configs, changed):
+    def empty(rows):
+        for row in rows:
+            row["messages"][1]["content"] = ""
+
+    found = failed(examine("sft", configs("sft", dataset=changed("dialogues_train.jsonl", empty))))
+    assert "24 of" in found["stop"] and "teaches silence" in found["stop"]
+
+
+def test_held_out_rows_that_are_trained_on_are_seen(configs, dataset, changed):
+    train = [json.loads(line) for line in (dataset / "dialogues_train.jsonl").read_text().splitlines()]
+
+    def leak(rows):
+        rows[2:4] = train[:2]
+
+    found = failed(examine("sft", configs("sft", dataset=changed("dialogues_heldout.jsonl", leak))))
+    assert found["held-out"].startswith("2 of 9 rows") and "in the training file too" in found["held-out"]
+
+
+def test_a_row_that_cannot_be_cut_is_named_though_it_is_the_only_one(configs, adapter, changed, monkeypatch):
+    """Only one row is sampled, the first: the eighth is looked at since it is the longest."""
+    monkeypatch.setattr(check, "SAMPLED_ROWS", 1)
+
+    def lengthen(rows):
+        rows[7]["chosen"][0]["content"] = "i have a dog . " * 100
+
+    folder = changed("preferences_train.jsonl", lengthen)
+    found = failed(examine("dpo", configs("dpo", dataset=folder, sft_adapter=adapter)))
+    assert f"{folder / 'preferences_train.jsonl'}, row 8: " in found["length"] and "row 1:" not in found["length"]
+
+
+def test_a_malformed_row_is_named_by_file_and_number(configs, changed):
+    def spoil(rows):
+        rows[4]["messages"][0]["role"] = "narrator"
+
+    folder = changed("dialogues_heldout.jsonl", spoil)
+    found = failed(examine("sft", configs("sft", dataset=folder)))
+    assert found["format"].startswith(f"{folder / 'dialogues_heldout.jsonl'}, row 5: ")
