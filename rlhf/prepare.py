@@ -244,9 +244,6 @@ def _usable(config: PrepareConfig, rejected: list[Row]) -> list[Row]:
     file = config.dataset_name or config.path
     judged: list[Row] = []
     for source, group in groupby(rows, key=lambda row: row["source"]):
-        if source == duplicates.EXEMPT_SOURCE:  # generated rows that come back through a file
-            judged += group
-            continue
         standard = quality.STANDARDS[config.quality or quality.KIND_OF_SOURCE.get(source, "chat")]
         judged += quality.mark_bad_replies(group, standard, str(file), rejected)
     reasons = _reasons(rejected, whole=True)

@@ -162,10 +162,10 @@ def test_a_dialogue_of_duplicates_alone_is_dropped_with_the_reason():
     assert [found["reply"] for found in rejected[0]["duplicate_of"]] == [3, 1]
 
 
-def test_worlds_and_untrained_replies_take_no_part():
+def test_a_source_called_world_is_looked_at_and_untrained_replies_are_not():
     texts = ("any pets ?", "yes , a dog .")
     worlds = [row(1, *texts, source="world"), row(2, *texts, source="world")]
-    assert drop_duplicates(worlds) == (worlds, [])
+    assert drop_duplicates(worlds)[0] == worlds[:1]
     untrained = row(3, *texts)
     untrained["messages"][1]["train"] = False
     rows = [untrained, row(4, *texts)]

@@ -17,7 +17,6 @@ Unit = tuple[str, str]
 THRESHOLD = 0.85
 REPLY_REASON = "near-duplicate"
 DIALOGUE_REASON = "every reply is a near-duplicate"
-EXEMPT_SOURCE = "world"  # a generated world repeats itself by design
 
 
 def near_duplicates(
@@ -94,13 +93,8 @@ def units(row: Row) -> list[tuple[int, Unit]]:
 
 
 def placed_units(rows: Sequence[Row]) -> list[tuple[int, int, Unit]]:
-    """(index of the row, of the message, unit) of every unit that is looked at: none of a generated world's."""
-    return [
-        (number, at, unit)
-        for number, row in enumerate(rows)
-        if row["source"] != EXEMPT_SOURCE
-        for at, unit in units(row)
-    ]
+    """(index of the row, of the message, unit) of every unit."""
+    return [(number, at, unit) for number, row in enumerate(rows) for at, unit in units(row)]
 
 
 def drop_duplicates(rows: Sequence[Row], threshold: float = THRESHOLD) -> tuple[list[Row], list[Row]]:
@@ -111,7 +105,7 @@ def drop_duplicates(rows: Sequence[Row], threshold: float = THRESHOLD) -> tuple[
     near-duplicates, and 3,463 with similar replies.
 
     A reply is not cut out of its conversation. A dialogue of which every trained reply is a near-duplicate is dropped.
-    Rows of the source "world" are exempt. `rows` are not changed; a row without duplicates is returned as it is.
+    `rows` are not changed; a row without duplicates is returned as it is.
 
     Returns:
         The rows that are left, and an entry for each reply or dialogue that is not trained: {"reason", "dropped" ("reply"
