@@ -352,7 +352,12 @@ def _written_dialogues(folder: Path) -> list[Row]:
 def _tokenize(model: str | None) -> Callable[[list[str]], list[list[int]]] | None:
     if model is None:
         return None
-    tokenizer = load_tokenizer(model)
+    try:
+        tokenizer = load_tokenizer(model)
+    except (OSError, ValueError) as error:
+        # Nothing else here needs the model, which may not be there before the training.
+        logger.warning("`model_name_or_path` %s cannot be read, so tokens are not counted: %s", model, error)
+        return None
     return lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
