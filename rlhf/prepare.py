@@ -161,7 +161,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     Raises:
         DataError: if the file cannot be read, more than `max_rejected_share` of its dialogues are unusable (after
             rejected.jsonl is written, and before anything else is), too little is left, or preference pairs can be told
-            apart without the persona (`rlhf.data.audit`) and `force_audit` is not set.
+            apart without the persona (`rlhf.data.audit`) and `force_audit` is not set; of these statistics.json tells more.
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,12 +207,15 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     described = _written_dialogues(folder) if config.source == "card" else kept
     statistics = describe.describe(described, rejected, _tokenize(config.model_name_or_path))
     pairs = [folder / f"preferences_{side}.jsonl" for side in SIDES]
+    cheaters: list[audit.Cheater] = []
     if all(path.is_file() for path in pairs):
         train_pairs, heldout_pairs = map(read_jsonl, pairs)
-        cheaters = audit.check_audit(train_pairs, config.seed, heldout_pairs, force=config.force_audit)
+        cheaters = audit.audit(train_pairs, config.seed, heldout_pairs)
         statistics["cheaters"] = {cheater.name: vars(cheater) for cheater in cheaters}
+    # Before pairs are refused: whoever has to mend them needs the numbers.
     write_json(folder / "statistics.json", statistics)
     describe.histograms(statistics, folder / "statistics.png")
+    audit.refuse_cheaters(cheaters, config.force_audit)
     written = sorted(path for path in folder.glob("*.jsonl") if path.name not in NOT_DATA)
     counts["rows"] = {path.name: path.read_bytes().count(b"\n") for path in written}
     counts["data_hash"] = folder_hash(folder)

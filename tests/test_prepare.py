@@ -296,6 +296,51 @@ def test_a_leak_is_context_only_and_said(tmp_path):
     assert all(len(row["messages"]) == 4 for row in train.values())
 
 
+def made_up(rng: random.Random, count: int) -> str:
+    return " ".join("".join(rng.choices("abcdefghijk", k=6)) for _ in range(count))
+
+
+def test_pairs_that_are_refused_leave_their_statistics(tmp_path):
+    rng = random.Random(2)
+    records = [
+        {"persona": [f"i know {made_up(rng, 2)} ."], "prompt": f"{made_up(rng, 5)} ?",
+         "chosen": made_up(rng, 9), "rejected": made_up(rng, 5)} for _ in range(100)
+    ]  # fmt: skip
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = PrepareConfig(str(tmp_path / "out"), "preference", path=str(path), heldout=0.3)
+    with pytest.raises(DataError, match=r"`longer_wins` 100\.0%.*`force_audit: true` in this stage's file"):
+        prepare(settings)
+    statistics = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    assert statistics["cheaters"]["longer_wins"]["accuracy"] == 1.0
+    assert (tmp_path / "out" / "statistics.png").is_file()
+
+
+def test_rows_of_a_file_that_call_themselves_a_world_are_filtered_too(tmp_path):
+    rng = random.Random(3)
+    rows = []
+    for number in range(30):
+        contents = [made_up(rng, 8), made_up(rng, 8), made_up(rng, 8), "*** *** ***"]
+        roles = ("user", "assistant", "user", "assistant")
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        rows.append(
+            {"persona": [made_up(rng, 3)], "messages": messages, "dialogue_id": str(number), "source": "world"}
+        )
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = prepare(PrepareConfig(str(tmp_path / "out"), "jsonl", path=str(path), force_audit=True))
+    assert sum(counts["removed"].values()) == 30
+    # behind the last reply that is trained on there is nothing
+    assert all(len(row["messages"]) == 2 for row in read(tmp_path / "out" / "dialogues_train.jsonl"))
+
+
+def test_a_model_that_is_not_there_costs_the_token_counts_alone(tmp_path, data, caplog):
+    prepare(config(tmp_path, data, model_name_or_path=str(tmp_path / "nowhere")))
+    lengths = json.loads((tmp_path / "out" / "statistics.json").read_text())["lengths"]
+    assert "reply_characters" in lengths and "reply_tokens" not in lengths
+    assert "tokens are not counted" in caplog.text
+
+
 @pytest.mark.skipif(not REAL.is_file(), reason="needs Synthetic-Persona-Chat's valid.csv in ../shared/data")
 def test_200_real_dialogues(tmp_path):
     counts = prepare(PrepareConfig(str(tmp_path / "out"), "synthetic_persona_chat", path=str(REAL), num_dialogues=200))
