@@ -161,7 +161,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     Raises:
         DataError: if the file cannot be read, more than `max_rejected_share` of its dialogues are unusable (after
             rejected.jsonl is written, and before anything else is), too little is left, or preference pairs can be told
-            apart without the persona (`rlhf.data.audit`) and `force_audit` is not set; of these statistics.json tells more.
+            apart without the persona (`rlhf.data.audit`) and `force_audit` is not set (statistics.json has the numbers).
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
