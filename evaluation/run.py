@@ -26,10 +26,10 @@ from evaluation.perplexity import dialogue_nats, perplexity_intervals, reply_nll
 from evaluation.probes import persona_consistency, score_reply
 from evaluation.ranking import candidate_hits
 from evaluation.score import independent, metric_row, score_rows
-from rlhf.chat import render
+from rlhf.chat import render, render_within
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
-from rlhf.generate import generate
+from rlhf.generate import generate, prompt_limit
 from rlhf.lora import use_adapter, with_adapter
 from rlhf.model import load_base, load_tokenizer
 from rlhf.persona import with_persona
@@ -338,14 +338,16 @@ def _add_kl(results: Row, model: Any, tokenizer: Any, rows: Sequence[Row], name:
     if not sampled or args.reference_system not in args.systems or name == "base":
         return
     ids, masks = [], []
+    limit = prompt_limit(model, args.max_length, args.max_new_tokens)
     for row in sampled:
-        turns = [*row["history"], _user(row["question"]), {"role": "assistant", "content": row["response"]}]
-        rendered = render(with_persona({"persona": row["persona"], "messages": turns}), tokenizer)
-        last = len(
-            render(with_persona({"persona": row["persona"], "messages": turns[:-1]}), tokenizer, True)["input_ids"]
-        )
-        ids.append(rendered["input_ids"])
-        masks.append([0] * last + rendered["assistant_mask"][last:])
+        asked = with_persona({"persona": row["persona"], "messages": [*row["history"], _user(row["question"])]})
+        prompt = render_within(asked, tokenizer, limit, add_generation_prompt=True)[0]["input_ids"]
+        said = render([*asked[-1:], {"role": "assistant", "content": row["response"]}], tokenizer)
+        reply = [id for id, mask in zip(said["input_ids"], said["assistant_mask"], strict=True) if mask]
+        # A reply that never ended gets a stop token here, for which the model may have no position left.
+        room = limit + args.max_new_tokens - len(prompt)
+        ids.append(prompt + reply[:room])
+        masks.append([0] * len(prompt) + [1] * len(reply[:room]))
     own = reply_nll(model, ids, masks, args.batch_size)
     with use_adapter(model, args.reference_system):
         reference = reply_nll(model, ids, masks, args.batch_size)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from evaluation.bots import other_persona
 from evaluation.compare import compare, system_items
+from evaluation.perplexity import reply_nll
 from evaluation.run import EvaluateConfig, _kl_rows, main
 from rlhf.config import parse
 from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
@@ -93,6 +94,30 @@ def test_kl_to_the_reference(evaluated):
     assert value(results, "sft", "kl_reference") == 0
     assert math.isfinite(value(results, "ppo", "kl_reference")) and value(results, "ppo", "kl_reference") != 0
     assert "kl_reference" not in results["base"]["metrics"]
+
+
+def test_the_kl_reads_what_the_model_was_asked(tiny_llama, dataset, sft_run, tmp_path, monkeypatch):
+    """A probe after a long conversation is cut for the KL as it was for the reply, or it would not fit the context."""
+    read = []
+
+    def spy(model, rows, masks, batch_size):
+        read.extend(zip(rows, masks, strict=True))
+        return reply_nll(model, rows, masks, batch_size)
+
+    monkeypatch.setattr("evaluation.run.reply_nll", spy)
+    data = tmp_path / "prepare"
+    shutil.copytree(dataset, data)
+    talk = [{"role": role, "content": "well , that is nice to hear ."} for role in ("user", "assistant")] * 4
+    write_jsonl(data / "probes.jsonl", [{**row, "history": talk} for row in read_jsonl(data / "probes.jsonl")])
+    write_json(data / "metadata.json", read_record(data) | {"result_hash": folder_hash(data)})
+    sizes = {}
+    for limit in (512, 100):
+        results = evaluate(tmp_path / str(limit), data, tiny_llama, {"sft": str(sft_run.folder)}, max_length=limit)
+        sizes[limit] = max(len(ids) for ids, _ in read)
+        assert all(sum(mask) for _, mask in read)
+        assert value(results, "sft", "kl_reference") == 0
+        read.clear()
+    assert sizes[100] <= 100 + 8 < sizes[512]
 
 
 def test_a_system_does_not_depend_on_the_others(evaluated, tiny_llama, dataset, sft_run, tmp_path):
