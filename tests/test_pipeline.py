@@ -1,6 +1,7 @@
 """`rlhf run`: what is planned, skipped, made anew, gone on with, and refused before anything starts."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 import rlhf
 from rlhf.config import ConfigError, parse, values_of
-from rlhf.files import read_jsonl, write_json
+from rlhf.files import read_jsonl, write_json, write_jsonl
 from rlhf.pipeline import config_classes, plan
 from rlhf.record import RunError, read_record
 
@@ -22,15 +23,30 @@ TRAINING = {
 }  # fmt: skip
 
 
+def write_dialogues(path):
+    """Twenty-four characters with a dialogue each, of random words, so that none is a near-duplicate of another."""
+    rng = random.Random(0)
+
+    def words(number):
+        return " ".join("".join(rng.choices("abcdefghijklmnoprstuvw", k=rng.randint(2, 7))) for _ in range(number))
+
+    rows = []
+    for number in range(24):
+        turns = [{"role": role, "content": f"{words(6)} ."} for role in ("user", "assistant") * 2]
+        rows.append({"persona": [f"{words(4)} ."], "messages": turns, "dialogue_id": str(number), "source": "mine"})
+    write_jsonl(path, rows)
+
+
 @pytest.fixture(scope="module")
-def recipe(tiny_llama, dataset, tmp_path_factory):
+def recipe(tiny_llama, tmp_path_factory):
     """All stages but `base`, of seconds; as the shipped ones are written."""
     folder = tmp_path_factory.mktemp("recipes") / "small"
     folder.mkdir()
+    write_dialogues(folder / "mine.jsonl")
     runs = "runs/small"
     files = {
         "recipe": {**SHARED, "model_name_or_path": str(tiny_llama), "dataset": f"{runs}/prepare"},
-        "prepare": {"source": "jsonl", "path": str(dataset / "dialogues_train.jsonl"), "heldout": 0.3},
+        "prepare": {"source": "jsonl", "path": str(folder / "mine.jsonl"), "heldout": 0.3},
         "sft": TRAINING,
         "reward": TRAINING,
         "dpo": {**TRAINING, "sft_adapter": f"{runs}/sft"},
@@ -215,12 +231,11 @@ def test_what_would_be_refused_leaves_the_finished_one_in_its_place(go, tmp_path
     assert go(until="sft")["sft"].startswith("done")
 
 
-def test_done_wherever_it_is_called_from_and_lies(recipe, tiny_llama, dataset, tmp_path, monkeypatch):
+def test_done_wherever_it_is_called_from_and_lies(recipe, tiny_llama, tmp_path, monkeypatch):
     """An absolute output folder, a subfolder as the current directory, a checkout that was copied."""
     checkout, copied = tmp_path / "checkout", tmp_path / "elsewhere" / "copy"
     shutil.copytree(recipe, checkout / "recipes" / "small")
     shutil.copytree(tiny_llama, checkout / "recipes" / "small" / "base")
-    shutil.copy(dataset / "dialogues_train.jsonl", checkout / "recipes" / "small" / "mine.jsonl")
     for name, key, value in (
         ("recipe", "model_name_or_path", "./base"),
         ("evaluate_shared", "model_name_or_path", "./base"),
