@@ -140,6 +140,9 @@ def launch(
         main(*parse(config_classes, argv, stage_name))
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the outermost call; what it cannot tell it raises
         exit_or_raise(error)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Else gloo's threads may outlive the interpreter, and a rank that is done aborts ("terminate called").
+        torch.distributed.destroy_process_group()
 
 
 def exit_or_raise(error: BaseException) -> NoReturn:
