@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf.chat import render, render_within
+from rlhf.chat import render_within, reply_ids
 from rlhf.generate import inference
 from rlhf.persona import with_persona
 
@@ -112,11 +112,6 @@ def _candidate_ids(
     """
     prompt = with_persona({"persona": row["persona"], "messages": row["messages"][:turn]})
     question: Message = prompt[-1] if prompt and prompt[-1]["role"] == "user" else {"role": "user", "content": "hi"}
-    replies = []
-    for choice in choices:
-        rendered = render([question, {"role": "assistant", "content": choice}], tokenizer)
-        replies.append(
-            [i for i, scored in zip(rendered["input_ids"], rendered["assistant_mask"], strict=True) if scored]
-        )
+    replies = [reply_ids(question, choice, tokenizer) for choice in choices]
     head, _ = render_within(prompt, tokenizer, max_length, True, completion_length=max(map(len, replies)))
     return head["input_ids"], replies

@@ -26,7 +26,7 @@ from evaluation.perplexity import dialogue_nats, perplexity_intervals, reply_nll
 from evaluation.probes import persona_consistency, score_reply
 from evaluation.ranking import candidate_hits
 from evaluation.score import independent, metric_row, score_rows
-from rlhf.chat import render, render_within
+from rlhf.chat import render_within, reply_ids
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
 from rlhf.generate import generate, prompt_limit
@@ -342,8 +342,7 @@ def _add_kl(results: Row, model: Any, tokenizer: Any, rows: Sequence[Row], name:
     for row in sampled:
         asked = with_persona({"persona": row["persona"], "messages": [*row["history"], _user(row["question"])]})
         prompt = render_within(asked, tokenizer, limit, add_generation_prompt=True)[0]["input_ids"]
-        said = render([*asked[-1:], {"role": "assistant", "content": row["response"]}], tokenizer)
-        reply = [id for id, mask in zip(said["input_ids"], said["assistant_mask"], strict=True) if mask]
+        reply = reply_ids(asked[-1], row["response"], tokenizer)
         # A reply that never ended gets a stop token here, for which the model may have no position left.
         room = limit + args.max_new_tokens - len(prompt)
         ids.append(prompt + reply[:room])

@@ -182,6 +182,15 @@ def render_within(
         turns, dropped = turns[start:], dropped + start
 
 
+def reply_ids(question: Message, reply: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a reply and its stop token, as they stand behind any prompt that ends with this turn.
+
+    They follow from the last turn alone, since pieces are cut at the borders of replies.
+    """
+    rendered = render([question, {"role": "assistant", "content": reply}], tokenizer)
+    return [id for id, mask in zip(rendered["input_ids"], rendered["assistant_mask"], strict=True) if mask]
+
+
 def neutralise(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """`text` in which nothing is control any more, whatever the tokenizer and its template take for control.
 

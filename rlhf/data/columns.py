@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.chat import Message, render, render_within
+from rlhf.chat import Message, render, render_within, reply_ids
 from rlhf.files import read_jsonl
 from rlhf.persona import PromptError, with_persona
 
@@ -142,15 +142,13 @@ def _prompt_within(
 
 
 def _completion_ids(row: Row, key: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a reply and its stop token. They follow from the last user turn: earlier turns do not change them."""
+    """Ids of a row's reply and its stop token."""
     completion = row[key] if isinstance(row[key], list) else [{"role": "assistant", "content": row[key]}]
     if [message["role"] for message in completion] != ["assistant"]:
         raise PromptError(f"`{key}` must be one message of the assistant, or its text, got {completion}")
     if not completion[0].get("train", True):
         raise PromptError(f"`{key}` is a reply with `train` false, which is context only; leave the row out")
-    rendered = render([*_prompt(row)[-1:], *completion], tokenizer)
-    pairs = zip(rendered["input_ids"], rendered["assistant_mask"], strict=True)
-    return [id for id, mask in pairs if mask]
+    return reply_ids(_prompt(row)[-1], completion[0]["content"], tokenizer)
 
 
 def _columns(
