@@ -109,7 +109,7 @@ def examine(stage: str, configs: Sequence[Any], unmade: Sequence[str] = ()) -> E
             items.append(_apart(rows, side, name, path))
         except (OSError, ValueError) as error:
             alone = stage in ("reward", "dpo") and path.with_name(f"dialogues_{side}.jsonl").is_file()
-            why = " Of one character it makes no pairs; its training.log says why." if alone else ""
+            why = " It made no pairs; its training.log says why." if alone else ""
             items.append(Item(name, False, f"{error}{why}"))
     if "train" in rows:
         items += _steps(stage, values, args, len(rows["train"]))

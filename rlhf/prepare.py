@@ -55,6 +55,12 @@ READERS: dict[str, tuple[Callable[..., Iterator[Row]], tuple[str, ...]]] = {
 }
 NOT_DATA = ("kept.jsonl", "rejected.jsonl")
 
+_ALONE = (
+    "one character has nobody to exchange replies with. Stop after SFT (--until sft), or make pairs from a card "
+    "(recipes/my-character)"
+)
+_UNLIKE = "no two characters speak of their facts in replies to similar turns. Stop after SFT (--until sft), or add dialogues"
+
 
 @dataclass
 class PrepareConfig:
@@ -182,15 +188,13 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         alone = len(set(characters([*train, *heldout]))) == 1
         made = {}
         for side, rows in zip(SIDES, (train, heldout), strict=True):
-            for kind, values in _files(rows, side, config, counts).items():
+            # Few characters are held out, and have few values to exchange; those of training are no secret.
+            lenders = made.get("dialogues_train.jsonl", [])
+            for kind, values in _files(rows, side, config, counts, lenders).items():
                 if values:
                     made[f"{kind}_{side}.jsonl"] = values
-                elif kind == "preferences" and alone:
-                    logger.warning(
-                        "One character has nobody to exchange replies with: there are no %s pairs. Stop after SFT "
-                        "(--until sft), or make pairs from a card (recipes/my-character).",
-                        side,
-                    )
+                elif kind == "preferences":
+                    logger.warning("There are no %s pairs: %s.", side, _ALONE if alone else _UNLIKE)
                 else:
                     raise DataError(f"{config.path}: too few dialogues for any {side} {kind}. Add dialogues.")
         _remove_old(folder)
@@ -309,14 +313,17 @@ def _without_leaks(train: list[Row], heldout: list[Row], rejected: list[Row]) ->
     return left
 
 
-def _files(rows: list[Row], side: str, config: PrepareConfig, counts: dict[str, Any]) -> dict[str, list[Row]]:
+def _files(
+    rows: list[Row], side: str, config: PrepareConfig, counts: dict[str, Any], lenders: list[Row]
+) -> dict[str, list[Row]]:
     """The three kinds of rows of one side."""
     pairs = [row["pair"] for row in rows if "pair" in row]
     preferred = [{key: row[key] for key in row if key != "pair"} for row in rows if "pair" in row]
     windows = _windows([row for row in rows if "pair" not in row], config.max_turns, counts)
     most = getattr(config, f"{side}_pairs")
     if len(pairs) < most and windows:
-        made, counts[f"facts_{side}"] = preferences.persona_pairs(windows, most - len(pairs), config.seed)
+        wanted = most - len(pairs)
+        made, counts[f"facts_{side}"] = preferences.persona_pairs(windows, wanted, config.seed, lenders)
         pairs += made
     prompts = preferences.prompts([*windows, *preferred], getattr(config, f"{side}_prompts"), config.seed)
     return {"dialogues": [*windows, *preferred], "preferences": pairs[:most], "prompts": prompts}

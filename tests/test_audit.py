@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data.audit import AuditError, audit, check_audit, overlap
+from rlhf.data.audit import AuditError, audit, check_audit, overlap, refuse_cheaters
 from rlhf.data.preferences import persona_pairs
 from rlhf.data.sources import DataError, synthetic_persona_chat
 from rlhf.data.split import split
@@ -16,7 +16,7 @@ from rlhf.data.split import split
 REAL = Path(__file__).parents[2] / "shared/data/synthetic_persona_chat/valid.csv"
 NAMES = [
     "longer_wins", "shorter_wins", "more_letters_wins", "fewer_letters_wins", "echo_wins", "novelty_wins",
-    "bag_of_words", "reply_prefix", "reply_suffix", "writing",
+    "bag_of_words", "reply_prefix", "reply_suffix", "writing", "turn_and_reply",
 ]  # fmt: skip
 
 
@@ -68,6 +68,29 @@ def test_interval_is_wilsons():
     assert longer.high == pytest.approx((middle + half) / (1 + z * z / n), abs=1e-6)
 
 
+def test_pairs_of_one_character_are_worth_fewer():
+    """Of ten characters with ten pairs each seven win all: design effect 10, so the interval is that of 7 of 10."""
+    heldout = [
+        {**pair(n, *(("x x", "x") if n // 10 < 7 else ("x", "x x"))), "persona": [f"my name is number{n // 10} ."]}
+        for n in range(100)
+    ]
+    longer = audit(by_persona(20), 0, heldout)[0]
+    seven = audit(by_persona(20), 0, heldout[::10])[0]
+    assert (longer.accuracy, longer.n, seven.n) == (0.7, 100, 10)
+    # Wilson by hand: (0.7 + z²/20 - z √(0.021 + z²/400)) / (1 + z²/10) with z = 1.959964
+    assert longer.low == pytest.approx(0.39678, abs=1e-5) and longer.low == seven.low
+    refuse_cheaters([longer])  # 70 %, which chance explains
+
+
+def test_which_reply_fits_the_turn_is_asked():
+    """Either reply is chosen as often as rejected, and neither repeats the turn."""
+    drinks = [("hot drink ?", "tea please", "beer please"), ("cold drink ?", "beer please", "tea please")]
+    pairs = [
+        {**pair(n, *drinks[n % 2][1:]), "prompt": [{"role": "user", "content": drinks[n % 2][0]}]} for n in range(100)
+    ]
+    assert {name for name, accuracy in accuracies(pairs).items() if accuracy > 0.6} == {"turn_and_reply"}
+
+
 def test_pairs_that_only_the_persona_decides_pass():
     pairs = by_persona(400)
     cheaters = check_audit(pairs, 0)
@@ -84,14 +107,14 @@ def test_pairs_that_only_the_persona_decides_pass():
         (
             "i have a dog and a cat {}",
             "i have a {}",
-            {"longer_wins", "more_letters_wins", "bag_of_words", "reply_suffix", "writing"},
+            {"longer_wins", "more_letters_wins", "bag_of_words", "reply_suffix", "writing", "turn_and_reply"},
         ),
         (
             "i have {}",
             "i really do not have {}",
-            {"shorter_wins", "fewer_letters_wins", "bag_of_words", "reply_prefix", "writing"},
+            {"shorter_wins", "fewer_letters_wins", "bag_of_words", "reply_prefix", "writing", "turn_and_reply"},
         ),
-        ("i have a lovely {}", "i have a rotten {}", {"bag_of_words", "reply_suffix"}),
+        ("i have a lovely {}", "i have a rotten {}", {"bag_of_words", "reply_suffix", "turn_and_reply"}),
         ("have i a {}", "i have a {}", {"reply_prefix"}),
     ],
 )

@@ -101,7 +101,7 @@ def test_pairs_that_one_character_does_not_have_are_explained(configs, dataset, 
     for path in folder.glob("preferences_*"):
         path.unlink()
     found = failed(examine("reward", configs("reward", dataset=folder)))
-    assert set(found) == {"data", "held-out"} and "Of one character it makes no pairs" in found["data"]
+    assert set(found) == {"data", "held-out"} and "It made no pairs" in found["data"]
 
 
 def test_what_is_only_unwise_does_not_stop_it(configs, caplog):

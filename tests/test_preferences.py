@@ -143,21 +143,37 @@ def test_each_word_is_chosen_as_often_as_rejected(make):
 def test_suggestions_hold_for_the_persona():
     pairs = suggestion_pairs(people(60), 64, 5)
     assert Counter(pair["kind"] for pair in pairs) == {"true_suggestion": 32, "giving_in": 32}
-    pets = 0
     for pair in pairs:
         persona = " ".join(pair["persona"])
         said = re.sub(r"^(?:so|i heard that|you told me that) | ,.*| \?", "", pair["prompt"][-1]["content"])
         fact = said.replace("your", "my").replace("you ", "i ")
-        asked_of_pet = "have a" in fact
-        pets += asked_of_pet
-        assert not asked_of_pet or pair["kind"] == "true_suggestion"
+        assert "have a" not in fact  # a dog rules out no cat, so that nobody is made to deny one
         assert (fact in persona) == (pair["kind"] == "true_suggestion")
         first = {"true_suggestion": "yes", "giving_in": "no"}[pair["kind"]]
         assert pair["chosen"][0]["content"].split()[0] == first != pair["rejected"][0]["content"].split()[0]
         assert [message["role"] for message in pair["prompt"]] == ["user", "assistant"] * (
             len(pair["prompt"]) // 2
         ) + ["user"]
-    assert pets == 16  # a quarter, and none of them is made to deny another pet
+
+
+@pytest.mark.parametrize("make", [contradiction_pairs, suggestion_pairs])
+def test_who_has_nobody_to_exchange_values_with_borrows_them(make):
+    """Three of one town can only borrow; of the lenders one lives there too, and who lends is asked nothing."""
+    rows = [row(n, ["i live in oslo .", f"i like thing{n} ."], "hi", "i live in oslo .") for n in range(3)]
+    towns = ["oslo", "rome", "bonn"]
+    lenders = [
+        row(9 + n, [f"i live in {town} .", f"i hate thing{n} ."], "hi", f"i live in {town} .")
+        for n, town in enumerate(towns)
+    ]
+    assert make(rows, 10, 0) == []
+    pairs = make(rows, 10, 0, lenders)
+    assert len(pairs) == (3 if make is contradiction_pairs else 2)  # suggestions go two and two
+    for pair in pairs:
+        assert pair["dialogue_id"] in ("0", "1", "2")
+        texts = " ".join([pair["prompt"][-1]["content"], *contents([pair], "chosen"), *contents([pair], "rejected")])
+        assert len({"rome", "bonn"} & set(texts.split())) <= 1
+        assert "rome" not in pair["chosen"][0]["content"] or "not" in pair["chosen"][0]["content"]
+    assert len(make(rows, 2, 0, lenders)) == 2
 
 
 @pytest.mark.parametrize(
@@ -215,34 +231,63 @@ def test_another_persona_answers_a_similar_turn():
         assert chosen != rejected and chosen.split()[1:] == rejected.split()[1:]
 
 
-def test_replies_of_two_personas_are_exchanged_even_where_their_turns_share_no_word():
-    rows = [
-        row(n, [f"i hear tune{n} ."], f"ask{n}", f"oh tune{n} now", f"more{n}", f"yes place{n} then")
-        for n in range(20)
-    ]
+def test_two_replies_are_exchanged():
+    rows = [row(n, [f"i hear tune{n} ."], "which music ?", f"oh tune{n} now") for n in range(20)]
     pairs = other_persona_pairs(rows, 100, 0)
     assert sorted(contents(pairs, "chosen")) == sorted(contents(pairs, "rejected"))
-    assert len(pairs) == len(set(contents(pairs, "chosen"))) == 40
+    assert len(pairs) == len(set(contents(pairs, "chosen"))) == 20
     wrong = {pair["chosen"][0]["content"]: pair["rejected"][0]["content"] for pair in pairs}
     assert all(wrong[wrong[text]] == text for text in wrong)
     assert len(other_persona_pairs(rows, 5, 0)) == 5
 
 
-def test_of_similar_turns_one_is_taken_whose_replies_repeat_as_much():
-    """Exchanged between a and b, either true reply repeats a word more than the other; with c only one of the two does."""
+FIRST = (["i have a dog ."], "any pets at home ?", "i walk my dog daily")
+
+
+@pytest.mark.parametrize(
+    ("persona", "asked", "reply", "exchanged"),
+    [
+        ("i have a cat .", "any pets at home ?", "i feed my cat daily", True),
+        ("i have a cat .", "what of pets at home ?", "i feed my cat daily", True),
+        ("i have a cat .", "where did she go yesterday ?", "i feed my cat daily", False),  # another turn
+        ("i have a cat .", "any pets at home", "i feed my cat daily", False),  # a turn that does not ask
+        ("i have a cat .", "any pets at home ?", "i feed them all daily", False),  # nothing of the persona
+        ("i have a cat .", "any pets at home ?", "i have my dog daily", False),  # the other persona's
+        ("i have a cat .", "any pets at home or work ?", "i work with cat daily", False),  # takes up what was said
+        ("i have a cat .", "any pets at home ?", "yes i have cat daily", False),  # the other reply does not begin so
+        ("i have a cat .", "any pets at home ?", "should i feed my cat ?", False),  # the other reply does not ask
+        ("i have a cat .", "any pets at home ?", "cat", False),  # shorter
+        ("i have a dog .", "any pets at home ?", "i feed my dog daily", False),  # the same character
+    ],
+)
+def test_which_replies_may_be_exchanged(persona, asked, reply, exchanged):
+    rows = [row(1, *FIRST), row(2, [persona], asked, reply)]
+    pairs = other_persona_pairs(rows, 10, 0)
+    both = [FIRST[2], reply] if exchanged else []
+    assert sorted(contents(pairs, "chosen")) == sorted(contents(pairs, "rejected")) == sorted(both)
+
+
+def test_what_how_about_you_asks_stands_in_the_turn_before():
+    def rows(before: str) -> list[dict]:
+        return [
+            row(1, ["i like tea ."], "hi", "what is your job ?", "a nurse , and you ?", "i sell tea daily"),
+            row(2, ["i like rum ."], "hi", before, "a baker , and you ?", "i sell rum daily"),
+            row(3, ["i like gin ."], "hi", "what is your age ?", "ninety , and you ?", "i sell gin daily"),
+        ]
+
+    chosen = contents(other_persona_pairs(rows("what is your job ?"), 2, 0), "chosen")
+    assert sorted(chosen) == ["i sell rum daily", "i sell tea daily"]
+    chosen = contents(other_persona_pairs(rows("what is your age ?"), 2, 0), "chosen")
+    assert sorted(chosen) == ["i sell gin daily", "i sell rum daily"]
+
+
+def test_neither_prompt_is_repeated_by_both_true_replies_alone():
+    """Either true reply would repeat a function word of its prompt that the other does not."""
     rows = [
-        row(1, ["i am a ."], "i saw a red kite today", "red one then"),
-        row(2, ["i am b ."], "i saw a blue kite today", "blue one then"),
-        row(3, ["i am c ."], "was the sea red or blue", "red blue there"),
+        row(1, ["i like tea ."], "is it more or less ?", "more tea it is"),
+        row(2, ["i like rum ."], "is it over or out ?", "over rum it out"),
     ]
-    for seed in range(8):  # a, b or c may be the first that is looked at
-        chosen = set(contents(other_persona_pairs(rows, 10, seed), "chosen"))
-        assert len(chosen) == 2 and chosen != {"red one then", "blue one then"}
-
-
-def test_replies_that_speak_of_the_persona_come_first():
-    rows = [row(n, [f"i hear tune{n} ."], "hi", f"good day number{n}", "what ?", f"oh tune{n} now") for n in range(30)]
-    assert all("tune" in text for text in contents(other_persona_pairs(rows, 30, 0), "chosen"))
+    assert other_persona_pairs(rows, 10, 0) == []
 
 
 def test_no_value_is_exchanged_that_the_persona_states_elsewhere():
@@ -267,7 +312,7 @@ def test_pairs_of_all_kinds_with_coverage():
     rows = people(120)
     pairs, coverage = persona_pairs(rows, 90, 4)
     assert Counter(pair["kind"] for pair in pairs) == {
-        "contradiction": 30, "true_suggestion": 14, "giving_in": 14, "other_persona": 32,
+        "contradiction": 30, "true_suggestion": 16, "giving_in": 14, "other_persona": 30,
     }  # fmt: skip
     # each name is one of 120 of its slot; 3 pets, towns and colours
     assert coverage == {"facts": 129, "without_rule": 0, "without_swap": 0, "unusable_share": 0.0}
@@ -280,7 +325,7 @@ def test_pairs_of_real_dialogues():
     pairs, coverage = persona_pairs(rows, 1800, 42)
     kinds = Counter(pair["kind"] for pair in pairs)
     # 252 replies state a fact whose value can be exchanged; suggestions are half, the rest is of other personas
-    assert kinds == {"contradiction": 252, "true_suggestion": 386, "giving_in": 386, "other_persona": 776}
+    assert kinds == {"contradiction": 252, "true_suggestion": 388, "giving_in": 386, "other_persona": 774}
     assert coverage["facts"] == 494 and 0.4 < coverage["unusable_share"] < 0.65
     made = [pair for pair in pairs if pair["kind"] == "contradiction"]
     assert words(contents(made, "chosen")).total() == words(contents(made, "rejected")).total()

@@ -26,14 +26,19 @@ def read(path: Path) -> list[dict]:
 
 
 def conversation(number: int, turns: int) -> tuple[str, str, str]:
-    """Turns of random words, so that none is nearly another one, and no word of a reply tells which prompt it answers."""
+    """Turns of the same form, each with two words of its speaker's persona that nobody else says, the second numbered."""
     rng = random.Random(number)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(5 * turns)]
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=18)) + " " for _ in range(2 * turns)]
     lines = (
-        f"User {1 + turn % 2}: turn {turn} caf\u00e9 {' '.join(words[5 * turn : 5 * turn + 5])}"
+        f"User {1 + turn % 2}: caf\u00e9 {words[2 * turn]}and so i say that {words[2 * turn + 1][:-1]}{turn} is it"
+        " now as all of us here see"
         for turn in range(turns)
     )
-    return f"I have cat {number}.", f"I have dog {number}.", "\n".join(lines)
+    said = [[word for place, word in enumerate(words) if place // 2 % 2 == side] for side in (0, 1)]
+    cat, dog = (
+        f"I have {pet} n{number}.\nI know {''.join(words)}." for pet, words in zip(("cat", "dog"), said, strict=True)
+    )
+    return cat, dog, "\n".join(lines)
 
 
 def write_csv(path: Path, rows: list[tuple[str, str, str]]) -> str:
@@ -58,11 +63,13 @@ def test_files_and_counts(tmp_path, data):
     assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, *beside])
     assert counts["rows"] == {name: len(read(out / name)) for name in FILES}
     # 40 dialogues of 9 turns, of one 8 are left (begins with the user, ends with a reply): 2 windows of 4 turns each.
-    # 10 of the 40 are held out; a window has 2 replies, each against another persona's. A cat rules out no
-    # dog, so that no suggestion is false, and none is made.
+    # 10 of the 40 are held out; a window has 2 replies, each against another persona's, but for those whose most
+    # similar ones are taken. A cat rules out no dog, so that no suggestion is false, and none is made.
+    pairs = {side: counts["rows"][f"preferences_{side}.jsonl"] for side in ("train", "heldout")}
+    assert 40 <= pairs["train"] <= 120 and 10 <= pairs["heldout"] <= 40
     assert counts["rows"] == {
         "dialogues_heldout.jsonl": 20, "dialogues_train.jsonl": 60,
-        "preferences_heldout.jsonl": 40, "preferences_train.jsonl": 120,
+        "preferences_heldout.jsonl": pairs["heldout"], "preferences_train.jsonl": pairs["train"],
         "prompts_heldout.jsonl": 40, "prompts_train.jsonl": 120,
     }  # fmt: skip
     left_out = {key: counts[key] for key in counts if key not in ("rows", "data_hash")}
@@ -74,8 +81,9 @@ def test_files_and_counts(tmp_path, data):
         "turns_without_reply_or_prompt": 40,
         "dialogues_cut": 40,
         **{
-            f"facts_{side}": {"facts": number, "without_rule": 0, "without_swap": 0, "unusable_share": 0.0}
-            for side, number in (("train", 30), ("heldout", 10))
+            # "I know" ten words has no rule
+            f"facts_{side}": {"facts": number, "without_rule": number // 2, "without_swap": 0, "unusable_share": 0.5}
+            for side, number in (("train", 60), ("heldout", 20))
         },
     }
     digest = hashlib.sha256()
@@ -97,8 +105,8 @@ def test_every_row_renders_user_first_and_ends_with_a_reply(tmp_path, data):
 def test_windows_are_whole_turns_in_order(tmp_path, data):
     prepare(config(tmp_path, data))
     rows = [row for name in FILES[:2] for row in read(tmp_path / "out" / name)]
-    cat = [row["messages"] for row in rows if row["persona"] == ["I have cat 3."]]
-    turns = [[message["content"].split()[1] for message in messages] for messages in cat]
+    cat = [row["messages"] for row in rows if row["persona"][0] == "I have cat n3."]
+    turns = [[message["content"].split()[7][-1] for message in messages] for messages in cat]
     assert turns == [["1", "2", "3", "4"], ["5", "6", "7", "8"]]
 
 
@@ -264,7 +272,7 @@ def test_a_single_character_is_split_by_dialogue_and_has_no_pairs(tmp_path, capl
     assert (counts["rows"]["dialogues_train.jsonl"], counts["rows"]["dialogues_heldout.jsonl"]) == (16, 4)
     train, heldout = (read(tmp_path / "out" / f"dialogues_{side}.jsonl") for side in ("train", "heldout"))
     assert not {row["dialogue_id"] for row in train} & {row["dialogue_id"] for row in heldout}
-    assert "there are no train pairs" in caplog.text
+    assert "There are no train pairs" in caplog.text
     assert "cheaters" not in json.loads((tmp_path / "out" / "statistics.json").read_text())
 
 
@@ -350,4 +358,5 @@ def test_200_real_dialogues(tmp_path):
     lengths = [tuple(len(pair[key][0]["content"].split()) for key in ("chosen", "rejected")) for pair in pairs]
     longer = sum((chosen > rejected) + (chosen == rejected) / 2 for chosen, rejected in lengths) / len(pairs)
     assert 0.47 < longer < 0.53  # three standard errors of a coin at more than 2,500 pairs
-    assert len(pairs) > 2500
+    assert 0.43 < longer < 0.57  # three standard errors of a coin at 500 pairs are 0.067
+    assert len(pairs) > 500

@@ -270,13 +270,13 @@ def test_a_missing_key_is_named(tmp_path):
 
 
 def rows_of(*pairs: tuple[str, list[str]]) -> list[dict]:
-    """A row for each (dialogue_id, facts), with a reply of its own."""
+    """A row for each (dialogue_id, facts), with a reply of its own that has the first fact in it."""
     return [
         {
             "persona": facts,
             "messages": [
                 {"role": "user", "content": "hi"},
-                {"role": "assistant", "content": f"reply {number} of mine"},
+                {"role": "assistant", "content": f"reply {number} of {facts[0]}"},
             ],
             "dialogue_id": dialogue,
             "source": "test",
@@ -348,7 +348,7 @@ def test_a_split_that_leaves_a_side_empty_is_refused():
 
 
 def talkative_rows() -> list[dict]:
-    """40 characters x 6 replies of 1 to 12 words."""
+    """40 characters x 6 replies of 1 to 12 words, all of which their facts have."""
     rows = []
     for number in range(40):
         messages = []
@@ -356,7 +356,12 @@ def talkative_rows() -> list[dict]:
             words = " ".join(f"w{number}x{turn}" for _ in range(1 + (number * 5 + turn * 7) % 12))
             messages += [{"role": "user", "content": f"question {turn}"}, {"role": "assistant", "content": words}]
         rows.append(
-            {"persona": [f"fact {number}"], "messages": messages, "dialogue_id": f"d{number}", "source": "test"}
+            {
+                "persona": [f"w{number}x{turn}" for turn in range(6)],
+                "messages": messages,
+                "dialogue_id": f"d{number}",
+                "source": "test",
+            }
         )
     return rows
 
@@ -364,7 +369,7 @@ def talkative_rows() -> list[dict]:
 def test_pairs_differ_in_character_and_not_in_length():
     rows = talkative_rows()
     pairs = other_persona_pairs(rows, 10_000, seed=0)
-    assert 230 <= len(pairs) <= 240 and len(pairs) % 2 == 0  # two exchange their replies; the last may find nobody
+    assert 200 <= len(pairs) <= 240 and len(pairs) % 2 == 0  # two exchange their replies; the last may find nobody
     longer = 0.0
     for pair in pairs:
         number = int(pair["dialogue_id"][1:])
@@ -382,18 +387,18 @@ def test_pairs_differ_in_character_and_not_in_length():
 
 
 def test_the_same_reply_or_the_same_character_is_never_the_rejected_one():
-    same = rows_of(("1", ["a"]), ("2", ["b"]))
+    same = rows_of(("1", ["v"]), ("2", ["w"]))
     for row in same:
         row["messages"][1]["content"] = "Me too."
     same[1]["messages"][1]["content"] = " me too."
     assert other_persona_pairs(same, 10, 0) == []
-    assert other_persona_pairs(rows_of(("1", list("abcd")), ("2", list("bcde"))), 10, 0) == []
-    assert other_persona_pairs(rows_of(("1", ["a"]), ("1", ["b"])), 10, 0) == []
-    assert len(other_persona_pairs(rows_of(("1", ["a"]), ("2", ["b"])), 10, 0)) == 2
+    assert other_persona_pairs(rows_of(("1", list("vwxy")), ("2", list("wxyz"))), 10, 0) == []
+    assert other_persona_pairs(rows_of(("1", ["v"]), ("1", ["w"])), 10, 0) == []
+    assert len(other_persona_pairs(rows_of(("1", ["v"]), ("2", ["w"])), 10, 0)) == 2
 
 
 def test_a_reply_without_another_of_its_length_gives_no_pair():
-    rows = rows_of(("1", ["a"]), ("2", ["b"]))
+    rows = rows_of(("1", ["v"]), ("2", ["w"]))
     rows[1]["messages"][1]["content"] = (
         "one two three four five six"  # the other has four words: 50 % more, 33 % fewer
     )

@@ -1,7 +1,7 @@
 """An audit of preference pairs: what a judge reaches who cheats, who does not see the persona.
 
 A reward model that can tell chosen from rejected by length, by words, by the way that replies begin, end or are written,
-or by repeating the prompt learns that, and the policy then learns to please it (Gao et al. 2022,
+by repeating the prompt or by fitting it learns that, and the policy then learns to please it (Gao et al. 2022,
 https://arxiv.org/abs/2210.10760, on such over-optimisation; Singhal et al. 2023, https://arxiv.org/abs/2310.03716, on
 length). In a sound set the decision needs the persona, so each cheater here must stay near one half on characters that
 it has not seen. Each looks at one thing: two of them together may still do better.
@@ -20,7 +20,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from rlhf.data.sources import DataError
-from rlhf.data.split import split
+from rlhf.data.split import characters, split
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ class Cheater:
     Attributes:
         name: As [`audit`] lists them.
         accuracy: share of the held-out pairs in which it prefers the chosen reply; half a point where it cannot tell.
-        low: lower end of the 95 % Wilson interval of `accuracy`.
+        low: lower end of the 95 % Wilson interval of `accuracy`. Pairs of one character are alike, so it is that of as many
+            independent pairs as they are worth (Kish 1965: n divided by the design effect).
         high: upper end.
         n: held-out pairs.
     """
@@ -63,7 +64,8 @@ def audit(pairs: Sequence[Row], seed: int, heldout: Sequence[Row] | None = None)
 
     Trained on the other characters' pairs, each a logistic regression on the difference of the two replies' counts:
     `bag_of_words` of words; `reply_prefix` and `reply_suffix` of the first and the last two words together, all without
-    case; `writing` of capitals, digits, marks and line breaks, whatever the words are.
+    case; `writing` of capitals, digits, marks and line breaks, whatever the words are; `turn_and_reply` of each word of
+    the reply together with each of the user's last turn, which tells what usually answers what.
 
     Args:
         pairs: With `persona`, `prompt`, `dialogue_id`, and `chosen` and `rejected` as a list of messages.
@@ -80,24 +82,30 @@ def audit(pairs: Sequence[Row], seed: int, heldout: Sequence[Row] | None = None)
         train, heldout, _ = split(pairs, HELD_OUT_SHARE, seed)
     held = heldout
 
+    group_of = characters(held)
+    if len(set(group_of)) == 1:
+        group_of = np.unique([row["dialogue_id"] for row in held], return_inverse=True)[1].tolist()
+
     def more(measure: Callable[[Row, str], float]) -> np.ndarray:
         return np.array([measure(row, _reply(row, "chosen")) - measure(row, _reply(row, "rejected")) for row in held])
 
     words = more(lambda _, text: len(_words(text)))
     letters = more(lambda _, text: len(text))
     echo = more(lambda row, text: overlap(row["prompt"], text))
-    return [
-        _cheater("longer_wins", words),
-        _cheater("shorter_wins", -words),
-        _cheater("more_letters_wins", letters),
-        _cheater("fewer_letters_wins", -letters),
-        _cheater("echo_wins", echo),
-        _cheater("novelty_wins", -echo),
-        _cheater("bag_of_words", _trained(train, held, _words)),
-        _cheater("reply_prefix", _trained(train, held, lambda text: [" ".join(_words(text)[:END_WORDS])])),
-        _cheater("reply_suffix", _trained(train, held, lambda text: [" ".join(_words(text)[-END_WORDS:])])),
-        _cheater("writing", _trained(train, held, _writing)),
-    ]
+    margins = {
+        "longer_wins": words,
+        "shorter_wins": -words,
+        "more_letters_wins": letters,
+        "fewer_letters_wins": -letters,
+        "echo_wins": echo,
+        "novelty_wins": -echo,
+        "bag_of_words": _trained(train, held, lambda _, text: _words(text)),
+        "reply_prefix": _trained(train, held, lambda _, text: [" ".join(_words(text)[:END_WORDS])]),
+        "reply_suffix": _trained(train, held, lambda _, text: [" ".join(_words(text)[-END_WORDS:])]),
+        "writing": _trained(train, held, lambda _, text: _writing(text)),
+        "turn_and_reply": _trained(train, held, _turn_and_reply),
+    }
+    return [_cheater(name, values, group_of) for name, values in margins.items()]
 
 
 def overlap(prompt: Sequence[Mapping[str, Any]], reply: str) -> float:
@@ -143,21 +151,27 @@ def refuse_cheaters(cheaters: Sequence[Cheater], force: bool = False) -> None:
     logger.warning("%s. They are used all the same, since that is forced.", message)
 
 
-def _cheater(name: str, margins: np.ndarray) -> Cheater:
-    """From the score of each chosen less that of its rejected reply."""
-    won = float((margins > 0).sum() + 0.5 * (margins == 0).sum())
+def _cheater(name: str, margins: np.ndarray, group_of: Sequence[int]) -> Cheater:
+    """From the score of each chosen less that of its rejected reply, and the group of each pair."""
+    won = (margins > 0) + 0.5 * (margins == 0)
+    off = won - won.mean()
+    alone, together = (off**2).sum(), (np.bincount(group_of, weights=off) ** 2).sum()
+    worth = min(1.0, float(alone / together)) if alone and together else 1.0  # of a pair
     # The interval wants whole numbers; half a pair is nothing in a set large enough to say anything.
-    interval = binomtest(int(won), len(margins)).proportion_ci(method="wilson")
-    return Cheater(name, won / len(margins), float(interval.low), float(interval.high), len(margins))
+    right, of = (int(worth * number + 1e-6) for number in (won.sum(), len(won)))
+    interval = binomtest(right, max(of, 1)).proportion_ci(method="wilson")
+    return Cheater(name, float(won.mean()), float(interval.low), float(interval.high), len(won))
 
 
-def _trained(train: Sequence[Row], heldout: Sequence[Row], features: Callable[[str], list[str]]) -> np.ndarray:
+def _trained(train: Sequence[Row], heldout: Sequence[Row], features: Callable[[Row, str], list[str]]) -> np.ndarray:
     """Margins on `heldout` of a logistic regression on the difference of the replies' feature counts."""
-    counter = CountVectorizer(analyzer=features)
-    counter.fit(_reply(row, key) for row in train for key in ("chosen", "rejected"))
+    counter = CountVectorizer(analyzer=lambda pair: features(*pair))
+    counter.fit((row, _reply(row, key)) for row in train for key in ("chosen", "rejected"))
 
     def differences(rows: Sequence[Row]) -> Any:
-        chosen, rejected = (counter.transform([_reply(row, key) for row in rows]) for key in ("chosen", "rejected"))
+        chosen, rejected = (
+            counter.transform((row, _reply(row, key)) for row in rows) for key in ("chosen", "rejected")
+        )
         return (chosen - rejected).astype(float)
 
     # Both orders of each pair and no intercept, so that nothing depends on which reply comes first.
@@ -175,6 +189,11 @@ def _reply(row: Row, key: str) -> str:
 def _words(text: str) -> list[str]:
     """Words and punctuation marks, without case; an apostrophe belongs to its word."""
     return re.findall(r"[\w']+|[^\w\s]", text.casefold())
+
+
+def _turn_and_reply(row: Row, text: str) -> list[str]:
+    asked = set(_words(row["prompt"][-1]["content"]))
+    return [f"{word} {said}" for said in sorted(set(_words(text))) for word in sorted(asked)]
 
 
 def _writing(text: str) -> list[str]:

@@ -5,13 +5,13 @@ A pair is {"persona", "prompt", "chosen", "rejected", "dialogue_id", "kind"}. It
 - ``contradiction``: a reply of the dialogue that states a fact; rejected states a value that the fact rules out;
 - ``true_suggestion``: the user asks whether a fact is so; rejected denies it;
 - ``giving_in``: the user suggests a value that a fact rules out; rejected accepts it;
-- ``other_persona``: a reply of the dialogue; rejected is another character's, to a similar turn.
+- ``other_persona``: a reply of the dialogue that speaks of its character; rejected is another's, to a similar turn.
 
 Values are exchanged between two facts, and replies between two turns: what is right for one character is wrong for the
-other, so each is chosen as often as rejected, and so are "yes" and "no". Three limits. A question that a reply answers
-may still tell which of two characters' replies belongs to it. A suggestion about a slot that has no exclusive values is
-always true, so whoever reads the prompt decides more of the suggestions than half without the persona, up to three in
-four. And few characters have few values to exchange: of ten held-out ones all pairs may be ``other_persona``.
+other, so each is chosen as often as rejected, and so are "yes" and "no". Few characters have few values to exchange, so
+false ones may be borrowed from others, who get none in return. Nobody is asked about what rules nothing out ("so you
+have a dog , right ?"): such a suggestion could not be false, and whoever reads the prompt would know the answer. In about
+a quarter of the ``other_persona`` pairs the dialogue still tells which reply belongs to it.
 
 Persona sentences are free English, taken apart by `rlhf.facts`: "i have two dogs ." has the stem "i have" and the value
 "two dogs". Only values that rule each other out contradict: two ages, numbers of the same thing, favourites, jobs,
@@ -22,12 +22,16 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+from sklearn.preprocessing import normalize
 
 from rlhf.data.audit import overlap
 from rlhf.data.split import characters
@@ -47,8 +51,53 @@ from rlhf.facts import (
 
 Row = dict[str, Any]
 
-CANDIDATES = 64  # replies looked at for each pair, which keeps the work linear in the number of pairs
+CANDIDATES = 64  # values looked at for each pair, which keeps the work linear in the number of pairs
+# Replies of other characters: 20,000 at most are compared, each with the 32 to the most similar turns.
+POOL = 20_000
+NEIGHBOURS = 32
+MIN_SIMILARITY = 0.1  # of two turns; below it the dialogue tells which reply is its own
+BEFORE = 0.5  # weight of the turn before the user's: "how about you ?" means what was said there
+SAME_OPENING = 0.15  # what each of the first two words adds to the similarity if the replies share it
 MAX_LENGTH_GAP = 0.3  # of the chosen reply's number of words
+# Who begins with one of these answers or takes up what was just said, which the other reply must do with the same one.
+_TAKES_UP = frozenset(
+    [
+        "yes",
+        "yeah",
+        "yep",
+        "no",
+        "nope",
+        "not",
+        "too",
+        "also",
+        "that",
+        "that's",
+        "thats",
+        "this",
+        "it",
+        "its",
+        "it's",
+        "they",
+        "they're",
+        "them",
+        "he",
+        "he's",
+        "she",
+        "she's",
+        "him",
+        "her",
+        "there",
+        "those",
+        "same",
+        "thank",
+        "thanks",
+        "sure",
+        "either",
+        "neither",
+        "sounds",
+        "because",
+    ]
+)
 FRAMES = ("so {} , right ?", "{} , is that right ?", "you told me that {} , did you not ?", "i heard that {} ?")
 # How the wrong reply to a suggestion errs: another value, the fact itself denied, yes and no confused. Each is used
 # equally often for true and for false suggestions, which balances "yes", "no", "not" and the lengths. Without the last,
@@ -110,7 +159,7 @@ Key = tuple[Any, ...]
 class _Mention:
     """A fact of a row, and where the pair is asked: before message `turn`. `value` is how the text there writes it.
 
-    Mentions with one `key` may exchange their values. `claim` is there where the values must rule each other out.
+    Mentions with one `key` may exchange their values.
     """
 
     row: int
@@ -118,7 +167,7 @@ class _Mention:
     fact: Fact
     value: str
     key: Key
-    claim: Claim | None = None
+    claim: Claim
     span: tuple[int, int] = (0, 0)
 
     def foil(self, other: "_Mention") -> str:
@@ -130,76 +179,77 @@ class _Mention:
         return other.value
 
 
-def persona_pairs(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], dict[str, float]]:
-    """At most `count` pairs of all kinds, about a third each of contradictions, suggestions and other personas.
+def persona_pairs(
+    rows: Sequence[Row], count: int, seed: int, lenders: Sequence[Row] = ()
+) -> tuple[list[Row], dict[str, float]]:
+    """At most `count` pairs of all kinds: at most a third contradictions, at most half of the rest suggestions.
 
-    Contradictions are the rarest, since real replies seldom repeat a fact's words; the other kinds make up for them.
+    Contradictions are rare, since real replies seldom repeat a fact's words, and similar turns of which both replies
+    speak of their characters are not frequent either, so that there may be fewer pairs than asked for.
+
+    Args:
+        rows: Dialogues, whose characters the pairs are about.
+        count: Of pairs.
+        seed: Of every draw.
+        lenders: Dialogues of other characters, whose values may stand as false ones where the characters of `rows` have
+            none to exchange.
 
     Returns:
         The pairs in random order, and [`fact_coverage`] of the rows.
     """
-    pairs = contradiction_pairs(rows, count // 3, seed)
-    pairs += suggestion_pairs(rows, (count - len(pairs)) // 2, seed)
+    pairs = contradiction_pairs(rows, count // 3, seed, lenders)
+    pairs += suggestion_pairs(rows, (count - len(pairs)) // 2, seed, lenders)
     pairs += other_persona_pairs(rows, count - len(pairs), seed)
     random.Random(f"pairs/{seed}").shuffle(pairs)
     return pairs, fact_coverage(rows)
 
 
-def contradiction_pairs(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+def contradiction_pairs(rows: Sequence[Row], count: int, seed: int, lenders: Sequence[Row] = ()) -> list[Row]:
     """At most `count` pairs of a reply that states a fact, and the same reply with a value that the fact rules out.
 
     A reply states a fact where a sentence of it that is neither a question nor a denial has the fact's verb in the first
     person with the value behind it; a favourite where it has "my favorite" and the value.
     """
     rng = random.Random(f"contradictions/{seed}")
-    facts = [_exclusive_facts(row["persona"]) for row in rows]
+    all_rows = [*rows, *lenders]
+    facts = [_exclusive_facts(row["persona"]) for row in all_rows]
     mentions = []
-    for index, turn in _reply_turns(rows):
-        text = rows[index]["messages"][turn]["content"]
+    for index, turn in _reply_turns(all_rows):
+        text = all_rows[index]["messages"][turn]["content"]
         for fact, claim, key in facts[index]:
             span = _statement(text, fact, claim)
             if span:
                 mentions.append(_Mention(index, turn, fact, text[slice(*span)], key, claim, span))
     pairs = []
-    for mention, value in _exchanged(rows, mentions, count, rng):
+    for mention, value in _exchanged(all_rows, len(rows), mentions, count, rng):
         row = rows[mention.row]
         text, (start, end) = row["messages"][mention.turn]["content"], mention.span
         pairs.append(_pair(row, mention.turn, text, text[:start] + value + text[end:], "contradiction"))
     return pairs
 
 
-def suggestion_pairs(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+def suggestion_pairs(rows: Sequence[Row], count: int, seed: int, lenders: Sequence[Row] = ()) -> list[Row]:
     """At most `count` pairs of replies to a question about a fact, right or wrong, put at a random point of a dialogue.
 
-    The kinds are `true_suggestion` and `giving_in`, equally many. A false suggestion needs a fact that rules it out; at
-    least a quarter of the true ones are about other facts, where there are any. Questions and replies are written as the
-    dialogue is: in lower case with spaces around punctuation, or as usual.
+    The kinds are `true_suggestion` and `giving_in`, equally many, about facts that rule other values out. Questions and
+    replies are written as the dialogue is: in lower case with spaces around punctuation, or as usual.
     """
     rng = random.Random(f"suggestions/{seed}")
-    exclusive: list[_Mention] = []
-    others: list[_Mention] = []
-    for index, row in enumerate(rows):
+    all_rows = [*rows, *lenders]
+    mentions: list[_Mention] = []
+    for index, row in enumerate(all_rows):
         turns = [turn for turn, message in enumerate(row["messages"]) if message["role"] == "user"]
-        if not turns:
-            continue
-        keys = {fact: (claim, key) for fact, claim, key in _exclusive_facts(row["persona"])}
-        for fact in map(parse_fact, row["persona"]):
-            if fact in keys:
-                claim, key = keys[fact]
-                exclusive.append(_Mention(index, rng.choice(turns), fact, fact.value, key, claim))
-            elif fact and not fact.negated:  # "yes , i do not" and "no , i do not" say the same
-                others.append(_Mention(index, rng.choice(turns), fact, fact.value, fact.slot))
-    decided = _exchanged(rows, exclusive, 3 * count // 4, rng)
-    open_ = _exchanged(rows, others, len(decided) // 3, rng)
-    # The two pairs of an exchange come one after the other and get the same suggestion.
-    number = (len(decided) + len(open_)) // 2
+        for fact, claim, key in _exclusive_facts(row["persona"]) if turns else ():
+            mentions.append(_Mention(index, rng.choice(turns), fact, fact.value, key, claim))
+    found = _exchanged(all_rows, len(rows), mentions, count, rng)
+    number = len(found) // 2
     false = [(False, error) for error in islice(cycle(ERRORS), number // 2)]
     true = [(True, error) for error in islice(cycle(ERRORS), number - len(false))]
-    left = len(true) - len(open_) // 2
-    plan = rng.sample([*false, *true[:left]], len(false) + left) + true[left:]
+    plan = rng.sample([*false, *true], number)
+    # The two pairs of an exchange come one after the other and get the same suggestion.
     return [
         suggestion_pair(rows[mention.row], mention.turn, mention.fact, foil, *plan[place // 2], rng)
-        for place, (mention, foil) in enumerate([*decided, *open_])
+        for place, (mention, foil) in enumerate(found[: 2 * number])
     ]
 
 
@@ -236,105 +286,116 @@ def suggestion_pair(row: Row, turn: int, fact: Fact, foil: str, true: bool, erro
 def other_persona_pairs(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     """At most `count` pairs: the true reply is chosen, one of another character from another dialogue is rejected.
 
-    Two replies are exchanged, so that each is chosen once and rejected once and no reply is better by itself. Both answer
-    similar turns of the user, as far as there are such, so that the prompt alone says little; the most
-    similar one is taken of which the true reply repeats more of its prompt in at most one of the two pairs, if there is
-    one. Replies that share a word with their persona come first, and are exchanged with such. A reply without a candidate
-    within 30 % of its length gives no pair.
+    Two replies are exchanged, so that each is chosen once and rejected once and no reply is better by itself. Where
+    neither is better in its dialogue either, the persona decides: each shares a word with its character's persona and
+    none with the other's; they answer similar turns, and take up nothing that was said in one dialogue alone; they are of
+    like length, and both ask or neither. The most similar turns and replies come first.
     """
     rng = random.Random(f"preferences/{seed}")
+    answers = _telling(rows, rng)
     character = characters(rows)
-    turns = _reply_turns(rows)
-    rng.shuffle(turns)
-    answers = [_answer(rows[index], turn) for index, turn in turns]
-    prompts_ = [rows[index]["messages"][:turn] for index, turn in turns]
-    places: dict[tuple[bool, str], list[int]] = defaultdict(list)  # of the answers to a turn that has the word
-    for place, answer in enumerate(answers):
-        for word in sorted(answer.asked):
-            places[answer.tells, word].append(place)
-    used: set[int] = set()
 
-    def fits(place: int, other: int) -> bool:
-        (index, _), (other_index, _) = turns[place], turns[other]
-        return (
-            character[index] != character[other_index]
-            and rows[index]["dialogue_id"] != rows[other_index]["dialogue_id"]
-            and _matches(answers[place], answers[other])
-            and _matches(answers[other], answers[place])
-        )
-
-    def echo(place: int, other: int) -> int:
+    def echo(own: _Answer, other: _Answer) -> int:
         """-1, 0 or 1: whether the other reply or the true one repeats more of the prompt."""
-        own, wrong = (overlap(prompts_[place], answers[at].text) for at in (place, other))
-        return (own > wrong) - (own < wrong)
+        prompt = rows[own.row]["messages"][: own.turn]
+        true, wrong = overlap(prompt, own.text), overlap(prompt, other.text)
+        return (true > wrong) - (true < wrong)
 
+    used: set[int] = set()
     pairs: list[Row] = []
-    for place in sorted(range(len(turns)), key=lambda place: not answers[place].tells):
+    for places in _by_similarity(answers):
         if len(pairs) >= count:
             break
-        if place in used:
-            continue
-        others = [other for other in _similar(place, answers, places, used) if fits(place, other)]
-        if others:
-            other = min(others, key=lambda other: abs(echo(place, other) + echo(other, place)))
-            used |= {place, other}
-            for own, wrong in ((place, other), (other, place)):
-                index, turn = turns[own]
-                pairs.append(_pair(rows[index], turn, answers[own].text, answers[wrong].text, "other_persona"))
+        left, right = (answers[place] for place in places)
+        if (
+            used.isdisjoint(places)
+            and character[left.row] != character[right.row]
+            and rows[left.row]["dialogue_id"] != rows[right.row]["dialogue_id"]
+            and _alike(left, right)
+            and left.may_be_answered_by(right)
+            and right.may_be_answered_by(left)
+            and abs(echo(left, right) + echo(right, left)) < 2
+        ):
+            used.update(places)
+            for own, other in ((left, right), (right, left)):
+                pairs.append(_pair(rows[own.row], own.turn, own.text, other.text, "other_persona"))
     return pairs[:count]
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """A reply, the words of the turn that it answers, and what is known of the character.
+    """A reply, the two turns before it, and the words that say something: of the reply, those turns, and the persona."""
 
-    `tells` where the reply shares a word with the persona.
-    """
-
+    row: int
+    turn: int
     text: str
+    asked: str
+    before: str
     lemmas: frozenset[str]
-    asked: frozenset[str]
+    said: frozenset[str]
     known: frozenset[str]
 
     @property
-    def tells(self) -> bool:
-        return not self.lemmas.isdisjoint(self.known)
+    def opening(self) -> list[str]:
+        return re.findall(r"[\w']+", self.text.casefold())[:3]
+
+    def may_be_answered_by(self, other: "_Answer") -> bool:
+        """Whether the other reply says nothing of this character, and takes up nothing that this dialogue has not."""
+        return self.known.isdisjoint(other.lemmas) and not (other.lemmas & other.said) - self.said
 
 
-def _answer(row: Row, turn: int) -> _Answer:
-    text, before = (row["messages"][at]["content"] for at in (turn, turn - 1))
-    # All turns have the empty word, which is the most frequent one: where no other is shared, any turn is a candidate.
-    asked = frozenset(["", *re.findall(r"[\w']+|\?", before.casefold())])
-    return _Answer(text, lemmas(text), asked, frozenset[str]().union(*map(lemmas, row["persona"])))
-
-
-def _similar(
-    place: int, answers: Sequence[_Answer], places: Mapping[tuple[bool, str], Sequence[int]], used: set[int]
-) -> list[int]:
-    """Unused answers to turns with the rarest words of this one's turn, the most similar turns first."""
-    answer = answers[place]
-    found: set[int] = set()
-    rarity = {word: len(places[answer.tells, word]) for word in answer.asked}
-    for word in sorted(rarity, key=lambda word: (rarity[word], word)):
-        those = (other for other in places[answer.tells, word] if other != place and other not in used)
-        found.update(islice(those, CANDIDATES // 4))
-        if len(found) >= CANDIDATES:
+def _telling(rows: Sequence[Row], rng: random.Random) -> list[_Answer]:
+    """At most `POOL` replies, in random order, that share a word with their persona."""
+    turns = _reply_turns(rows)
+    rng.shuffle(turns)
+    known: dict[int, frozenset[str]] = {}
+    answers: list[_Answer] = []
+    for index, turn in turns:
+        before, asked, text = ["", *(message["content"] for message in rows[index]["messages"][: turn + 1])][-3:]
+        if index not in known:
+            known[index] = frozenset[str]().union(*map(lemmas, rows[index]["persona"]))
+        words = lemmas(text)
+        if not words.isdisjoint(known[index]):
+            said = lemmas(f"{before} {asked}")
+            answers.append(_Answer(index, turn, text, asked, before, words, said, known[index]))
+        if len(answers) == POOL:
             break
-
-    def similarity(other: int) -> float:
-        common = answer.asked & answers[other].asked
-        return sum(sorted(rarity[word] ** -0.5 for word in common)) / len(answer.asked | answers[other].asked)
-
-    return sorted(sorted(found), key=similarity, reverse=True)
+    return answers
 
 
-def _matches(answer: _Answer, other: _Answer) -> bool:
-    """Another text of about the same length; where the answer tells of its character, one that tells nothing of it."""
-    words = len(answer.text.split())
+def _by_similarity(answers: Sequence[_Answer]) -> Iterator[tuple[int, int]]:
+    """Pairs of places whose turns are similar, by the cosine of words and pairs of words; the most similar first."""
+    if len(answers) < 2:
+        return
+    counter = HashingVectorizer(
+        token_pattern=r"[\w']+|\?", ngram_range=(1, 2), norm=None, alternate_sign=False, dtype=np.float32
+    )
+    asked, before = (counter.transform([getattr(answer, key) for answer in answers]) for key in ("asked", "before"))
+    weights = TfidfTransformer(sublinear_tf=True).fit(asked)
+    vectors = normalize(weights.transform(asked) + BEFORE * weights.transform(before)).tocsr()
+    openings = [answer.opening for answer in answers]
+    found: dict[tuple[int, int], float] = {}
+    for start in range(0, len(answers), 512):
+        cosines = (vectors[start : start + 512] @ vectors.T).tocsr()
+        for place, (begin, end) in enumerate(zip(cosines.indptr[:-1], cosines.indptr[1:], strict=True), start):
+            near = cosines.data[begin:end] * (cosines.indices[begin:end] != place)
+            for at in np.argsort(-near, kind="stable")[:NEIGHBOURS]:
+                other = int(cosines.indices[begin + at])
+                if near[at] >= MIN_SIMILARITY:
+                    same = sum(a == b for a, b in zip(openings[place][:2], openings[other][:2], strict=False))
+                    found[min(place, other), max(place, other)] = round(float(near[at]) + SAME_OPENING * same, 4)
+    yield from sorted(found, key=lambda places: (-found[places], places))
+
+
+def _alike(answer: _Answer, other: _Answer) -> bool:
+    """Different texts of about the same length, of which both ask or neither, to a question both or neither."""
+    words, others = len(answer.text.split()), len(other.text.split())
     return (
-        abs(len(other.text.split()) - words) <= MAX_LENGTH_GAP * words
+        abs(others - words) <= MAX_LENGTH_GAP * min(words, others)
         and other.text.strip().casefold() != answer.text.strip().casefold()
-        and not (answer.tells and other.lemmas & answer.known)
+        and ("?" in answer.text) == ("?" in other.text)
+        and ("?" in answer.asked) == ("?" in other.asked)
+        and _TAKES_UP.intersection(answer.opening) == _TAKES_UP.intersection(other.opening)
     )
 
 
@@ -421,8 +482,6 @@ def _group(claim: Claim) -> int | None:
 
 def _excludes(left: _Mention, right: _Mention) -> bool:
     """Whether one of the two facts rules the other out; they have one key."""
-    if left.claim is None or right.claim is None:
-        return True
     if left.key[0] in ("number", "age"):
         return left.claim.numbers != right.claim.numbers
     if left.key[0] in _GROUPS:
@@ -471,9 +530,12 @@ def _says_favorite(sentence: str, noun: str) -> bool:
 
 
 def _exchanged(
-    rows: Sequence[Row], mentions: list[_Mention], count: int, rng: random.Random
+    rows: Sequence[Row], borrowers: int, mentions: list[_Mention], count: int, rng: random.Random
 ) -> list[tuple[_Mention, str]]:
-    """At most `count` mentions, two and two of one key, each with the other's value."""
+    """At most `count` mentions of the first `borrowers` rows, each with a false value.
+
+    Two and two of one key have each other's value; who finds nobody is given a value of the later rows.
+    """
     character = characters(rows)
     known = [[content(fact) for fact in row["persona"]] for row in rows]
 
@@ -489,7 +551,8 @@ def _exchanged(
 
     waiting: dict[Key, list[_Mention]] = defaultdict(list)
     found: list[tuple[_Mention, str]] = []
-    for mention in rng.sample(mentions, len(mentions)):
+    own = [mention for mention in mentions if mention.row < borrowers]
+    for mention in rng.sample(own, len(own)):
         if len(found) + 2 > count:
             break
         others = waiting[mention.key]
@@ -506,6 +569,18 @@ def _exchanged(
         else:
             others.remove(partner)
             found += [(mention, mention.foil(partner)), (partner, partner.foil(mention))]
+
+    lent: dict[Key, list[_Mention]] = defaultdict(list)
+    for mention in mentions[len(own) :]:
+        lent[mention.key].append(mention)
+    for mention in (mention for those in waiting.values() for mention in those):
+        if len(found) >= count:
+            break
+        values = lent[mention.key]
+        offered = rng.sample(values, min(len(values), CANDIDATES))
+        lender = next((other for other in offered if _excludes(mention, other) and fits(mention, other)), None)
+        if lender is not None:
+            found.append((mention, mention.foil(lender)))
     return found
 
 
