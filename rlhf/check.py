@@ -8,6 +8,8 @@ import itertools
 import json
 import logging
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from rlhf.chat import Message, neutralise, render, render_within, stop_token_id
 from rlhf.config import plan_of, values_of
 from rlhf.data.columns import length_remedy, load_rows, preference_columns, prompt_columns, sft_columns
+from rlhf.facts import lemmas
 from rlhf.model import load_tokenizer, precision
 from rlhf.persona import with_persona
 from rlhf.record import RunError, read_record
@@ -32,6 +35,10 @@ logger = logging.getLogger(__name__)
 FILES = {"sft": "dialogues", "reward": "preferences", "dpo": "preferences", "ppo": "prompts"}
 SAMPLED_ROWS = 64
 LONGEST_ROWS = 8  # of a file, looked at beside the sampled ones
+ROLE_ROWS = 400  # of a file, whose turns are held against their personas
+ROLE_TURNS = 30  # fewer that speak of a persona say nothing about whose it is
+MAX_USER_SHARE = 0.6  # of these turns
+_OF_ONESELF = re.compile(r"\b(?:i|my|me|mine|am)\b", re.IGNORECASE)
 _NO_LIMIT = 10**9
 
 
@@ -113,6 +120,7 @@ def examine(stage: str, configs: Sequence[Any], unmade: Sequence[str] = ()) -> E
             items.append(Item(name, False, f"{error}{why}"))
     if "train" in rows:
         items += _steps(stage, values, args, len(rows["train"]))
+        items += _roles(rows["train"])
     try:
         tokenizer = load_tokenizer(values["model_name_or_path"])
     except (OSError, ValueError) as error:
@@ -201,6 +209,33 @@ def _apart(rows: Mapping[str, Sequence[dict[str, Any]]], side: str, name: str, p
             said = f"{shared} of {number} rows in {path} are in the training file too. Hold out other dialogues"
             return Item(name, False, said)
     return Item(name, True, f"{number:,} rows in {path}")
+
+
+def _roles(rows: Sequence[dict[str, Any]]) -> list[Item]:
+    """Whose the persona is, where enough turns tell: who brings up its words in speaking of himself should be the bot."""
+    told: Counter[str] = Counter()
+    for place in _spread(len(rows), ROLE_ROWS):
+        row = rows[place]
+        try:
+            system, *messages = with_persona(row)
+        except ValueError:
+            continue  # the item "format" names it
+        reply = row.get("chosen") or row.get("reference")
+        unsaid = lemmas(system["content"]) if system["role"] == "system" else frozenset()
+        for message in [*messages, *(_as_message(reply) if reply else [])]:
+            words = lemmas(message["content"])
+            told[message["role"]] += bool(words & unsaid and _OF_ONESELF.search(message["content"]))
+            unsaid -= words
+    number = told["assistant"] + told["user"]
+    if number < ROLE_TURNS:
+        return []
+    share = told["user"] / number
+    detail = f"of {number} turns that speak of a persona in the first person {1 - share:.0%} are the assistant's"
+    low = float(binomtest(told["user"], number).proportion_ci(method="wilson").low)
+    if share <= MAX_USER_SHARE or low <= 0.5:
+        return [Item("roles", True, detail)]
+    remedy = "so it seems to be the user's persona. Swap the roles, or give the facts of the other speaker"
+    return [Item("roles", False, f"{detail}, {remedy}", blocks=False)]
 
 
 def _spread(number: int, most: int) -> list[int]:

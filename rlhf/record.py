@@ -6,7 +6,9 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import resource
+import string
 import sys
 import time
 import warnings
@@ -97,6 +99,8 @@ def stage(
     }
     if "prepare" in record["parents"]:
         record["data_hash"] = record["parents"]["prepare"]["hash"]
+        made_of = read_record((parents or {})["prepare"]) or {}
+        record |= {key: made_of[key] for key in ("persona",) if key in made_of}  # of a card
     try:
         if main:
             save(movable(configs, folder), folder / "config.yaml")
@@ -199,6 +203,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         "Every setting is in config.yaml, the curves are in metrics.jsonl and curves.png, replies during training in",
         "samples.jsonl.",
         "",
+        *_persona_section(record.get("persona")),
         "## Use",
         "",
         "    rlhf chat <this folder>",
@@ -210,6 +215,21 @@ def model_card(record: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _persona_section(persona: Mapping[str, Any] | None) -> list[str]:
+    if persona is None:
+        return []
+    named = [f"{key.title()}: {_as_text(persona[key])}  " for key in ("name", "style") if persona.get(key)]
+    return ["## Persona", "", *named, "", *(f"- {_as_text(fact)}" for fact in persona["facts"]), ""]
+
+
+def _as_text(text: str) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    text = " ".join(text.split())
+    marks = "".join(set(string.punctuation) - set(" ,.;:?'\"()/-"))
+    text = re.sub(rf"([{re.escape(marks)}])", r"\\\1", text)
+    return re.sub(r"^(\d*)([-.)])", r"\1\\\2", text)  # what would begin a list
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:

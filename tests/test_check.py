@@ -114,6 +114,39 @@ def test_what_is_only_unwise_does_not_stop_it(configs, caplog):
     assert "check clipping  FAILED" in caplog.text
 
 
+def spoken(folder, user, assistant):
+    """40 rows in which these two turns are said, each row with a persona of its own."""
+    rows = [
+        {"persona": [f"i have a pet{n} ."], "dialogue_id": f"{n}", "source": "test",
+         "messages": [{"role": "user", "content": user.format(n)}, {"role": "assistant", "content": assistant.format(n)}]}
+        for n in range(40)
+    ]  # fmt: skip
+    (folder / "dialogues_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("user", "assistant", "passed"),
+    [
+        ("hello .", "my pet{} is here .", True),
+        ("so you have a pet{} ?", "i do , my pet{} is here .", None),  # brought up by a question: says nothing
+        ("i feed my pet{} now .", "good .", False),
+        ("i feed my pet{} now .", "good , i have a pet{} .", False),
+        ("hello .", "good .", None),
+    ],
+)
+def test_a_persona_of_which_the_user_speaks_is_said_to_be_the_users(
+    user, assistant, passed, configs, dataset, tmp_path
+):
+    folder = tmp_path / "data"
+    shutil.copytree(dataset, folder)
+    spoken(folder, user, assistant)
+    found = [item for item in examine("sft", configs("sft", dataset=folder)).items if item.name == "roles"]
+    assert [item.passed for item in found] == ([] if passed is None else [passed])
+    assert all(
+        ("100% are" if passed else " 0% are") in item.detail and not (item.blocks and not passed) for item in found
+    )
+
+
 def test_a_rollout_larger_than_the_training_is_no_training(configs, adapter):
     found = failed(examine("ppo", configs("ppo", sft_adapter=adapter, total_episodes=8, num_mini_batches=5)))
     assert "nothing would be trained" in found["steps"]

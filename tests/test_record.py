@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from rlhf.config import ConfigError, DataConfig, load_yaml
 from rlhf.files import folder_hash, write_json
-from rlhf.record import RunError, base_of, check_world_size, launch, read_record, stage
+from rlhf.record import RunError, base_of, check_world_size, launch, model_card, read_record, stage
 
 
 def run_stage(folder, parents=None, **found):
@@ -175,6 +176,24 @@ def test_no_file_of_a_run_names_a_path_of_this_machine(train, tiny_llama, datase
     assert not list(folder.rglob("README.md")) and (folder / "checkpoint-2").is_dir()
     assert read_record(folder)["model_name_or_path"] == "../../base"
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+
+
+def test_the_model_card_names_the_persona_and_shows_it_as_it_is(tmp_path):
+    facts = ["# i like *stars* & <b>bold</b>", "1. i have_two_dogs", "- see [x](y) `z` \n| a ~b~", "i live in oslo ."]
+    persona = {"name": "ju*no*", "facts": facts, "style": "brief and polite", "examples": []}
+    data = tmp_path / "prepare"
+    run_stage(data, {})
+    write_json(data / "metadata.json", read_record(data) | {"stage": "prepare", "persona": persona})
+    run_stage(tmp_path / "sft", {"prepare": data})
+    record = read_record(tmp_path / "sft")
+    assert record["persona"] == persona
+    card = model_card(record)
+    section = card[card.index("## Persona") : card.index("## Use")]
+    blocks = [token for token in MarkdownIt().enable("strikethrough").parse(section) if token.type == "inline"]
+    assert all(child.type in ("text", "hardbreak", "softbreak") for token in blocks for child in token.children)
+    shown = ["".join(child.content or "|" for child in token.children) for token in blocks]
+    assert shown == ["Persona", "Name: ju*no*|Style: brief and polite", *(" ".join(fact.split()) for fact in facts)]
+    assert "## Persona" not in model_card({key: record[key] for key in record if key != "persona"})
 
 
 def test_a_base_is_found_from_its_adapter(sft_run, tiny_llama, tiny_qwen2, tmp_path):
