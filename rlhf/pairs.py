@@ -85,6 +85,10 @@ class PairsConfig:
     force_audit: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    def __post_init__(self) -> None:
+        if ":" in self.judge:
+            load_reward_function(self.judge, "judge")  # now, not after the stages before this one were trained
+
     @property
     def reward_adapter(self) -> str | None:
         """The judge where it is a folder."""
@@ -95,7 +99,7 @@ def main(config: PairsConfig, model_args: ModelConfig) -> None:
     """Sample, judge and match; everything it makes lies in `output_dir`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError("This stage is one process. Start it with python, or with `--num_processes 1`.")
-    function = load_reward_function(config.judge) if ":" in config.judge else None
+    function = load_reward_function(config.judge, "judge") if ":" in config.judge else None
     folders = {"prepare": config.dataset, "sft": config.sft_adapter, "reward": config.reward_adapter}
     with stage(
         "pairs",

@@ -39,9 +39,10 @@ SIDES = ("train", "heldout")
 WORLD_ONLY = ("train_dialogues", "heldout_dialogues", "probe_characters")
 CARD_ONLY = ("card", "general", "heldout_facts")
 FILE_ONLY = (
-    "path", "dataset_name", "persona", "character", "num_dialogues", "heldout", "max_turns", "max_rejected_share",
-    "quality",
+    "path", "dataset_name", "split", "persona", "character", "num_dialogues", "heldout", "max_turns",
+    "max_rejected_share", "quality",
 )  # fmt: skip
+OF_SOME_READERS = ("dataset_name", "split", "persona", "character")
 # Each reader with the settings that it takes beside the path.
 READERS: dict[str, tuple[Callable[..., Iterator[Row]], tuple[str, ...]]] = {
     "synthetic_persona_chat": (sources.synthetic_persona_chat, ()),
@@ -50,7 +51,7 @@ READERS: dict[str, tuple[Callable[..., Iterator[Row]], tuple[str, ...]]] = {
     "question_answer": (sources.question_answer, ("persona",)),
     "messages": (sources.messages, ("persona",)),
     "preference": (sources.preference, ("persona",)),
-    "hub": (sources.hub, ("character", "persona")),
+    "hub": (sources.hub, ("split", "character", "persona")),
     "jsonl": (sources.jsonl, ()),
 }
 NOT_DATA = ("kept.jsonl", "rejected.jsonl")
@@ -84,6 +85,7 @@ class PrepareConfig:
         heldout_facts: card only; facts that no training row asks for.
         path: the file to read; not for the world and the Hub.
         dataset_name: of a dataset on the Hub; for `source: hub`.
+        split: of that dataset, as `datasets.load_dataset` takes it; None is "train".
         persona: facts of the character, for formats that have none of their own.
         character: whose lines are the replies; for scripts.
         quality: what is asked of a reply (`rlhf/data/quality.py`); None goes by the source. Not for the world.
@@ -115,6 +117,7 @@ class PrepareConfig:
     heldout_facts: int = field(default=1, metadata={"range": "[0, inf)"})
     path: str | None = field(default=None, metadata={"path": True})
     dataset_name: str | None = None
+    split: str | None = None
     persona: list[str] | None = None
     character: str | None = None
     quality: Literal["chat", "script", "answers", "expert"] | None = None
@@ -128,7 +131,8 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         read = self.general if self.source == "card" else self.source
-        foreign: tuple[str, ...] = FILE_ONLY if read == "world" else ()
+        takes = ("dataset_name", *READERS[read][1]) if read == "hub" else READERS[read][1] if read in READERS else ()
+        foreign = FILE_ONLY if read == "world" else tuple(name for name in OF_SOME_READERS if name not in takes)
         if self.source == "card":
             foreign += ("probe_characters",)
         else:

@@ -108,8 +108,12 @@ def guesses(card: Mapping[str, Any]) -> list[str]:
     return [name.removesuffix("_low") for name, low in card.items() if name.endswith("_low") and low <= 0.5]
 
 
-def load_reward_function(name: str) -> RewardFunction:
+def load_reward_function(name: str, key: str = "reward_function") -> RewardFunction:
     """The callable named `module:function`, for example `rlhf.rewards:persona_rule`.
+
+    Args:
+        name: As `key` has it.
+        key: Of the configuration, for the error.
 
     Raises:
         ValueError: if the name has another form, or there is no such function.
@@ -122,8 +126,7 @@ def load_reward_function(name: str) -> RewardFunction:
         return function
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
-            f"`reward_function` is {name!r}; write it as `module:function`, for example "
-            f"`rlhf.rewards:persona_rule` ({error})."
+            f"`{key}` is {name!r}; write it as `module:function`, for example `rlhf.rewards:persona_rule` ({error})."
         ) from error
 
 
@@ -145,16 +148,24 @@ def persona_rule(
     return [float(_keeps(*row)) for row in zip(completions, kind, value, foil, slot_values, strict=True)]
 
 
+def _plain(text: str) -> str:
+    """Words in lower case, without marks; values may have several."""
+    return " ".join(re.findall(r"[^\W_]+", text.lower()))
+
+
+def _names(text: str, value: str) -> bool:
+    return re.search(rf"\b{_plain(value)}\b", text) is not None
+
+
 def _keeps(reply: str, kind: str, value: str, foil: str | None, slot_values: Sequence[str]) -> bool:
-    words = re.findall(r"[a-z0-9]+", reply.lower())
-    text = " ".join(words)
-    others = set(words) & set(slot_values) - {value}
-    if value not in words or len(words) > 12:
+    text = _plain(reply)
+    if not _names(text, value) or len(text.split()) > 12:
         return False
+    beside = re.sub(rf"\b{_plain(value)}\b", "|", text)  # who says "gold fish" does not say "fish"
+    others = {other for other in slot_values if other != value and _names(beside, other)}
     if kind == "false_suggestion":
-        return bool(_NO.match(text)) and not others - (
-            {foil} if f"not a {foil}" in text or f"not {foil}" in text else set()
-        )
+        rejected = {foil} if foil and any(_names(text, f"{no} {foil}") for no in ("not", "not a", "not an")) else set()
+        return bool(_NO.match(text)) and not others - rejected
     if kind == "true_suggestion":
         return not _NO.match(text) and not others
     return not _YES.match(text) and not _NO.match(text) and not others

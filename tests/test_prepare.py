@@ -220,6 +220,11 @@ def test_a_failure_leaves_the_old_files(tmp_path, data):
             "`path`, `heldout` have no effect with `source` 'world'",
         ),
         ({"source": "jsonl", "path": "a", "probe_characters": 3}, "`probe_characters` has no effect"),
+        (
+            {"source": "convai2", "path": "a", "dataset_name": "a/b", "split": "test", "persona": ["i ski ."]},
+            "`dataset_name`, `split`, `persona` have no effect with `source` 'convai2'",
+        ),
+        ({"source": "messages", "path": "a", "character": "ROMEO"}, "`character` has no effect"),
         ({"source": "jsonl", "path": "a", "max_turns": 5}, "`max_turns` must be even"),
     ],
 )

@@ -55,6 +55,23 @@ def test_the_rule_by_cases(kind, reply, reward):
     assert rule(kind, reply, "cat" if kind == "false_suggestion" else None) == reward
 
 
+@pytest.mark.parametrize(
+    ("reply", "reward"),
+    [
+        ("no , i have a gold fish .", 1),
+        ("no , i have gold fish , gold fish !", 1),
+        ("no , i have a gold fish , not a sea horse .", 1),
+        ("no , i have a gold fish and a fish .", 0),
+        ("no , i have a gold fish and a sea horse .", 0),
+        ("no , i have a fish of gold .", 0),
+    ],
+)
+def test_values_may_have_several_words(reply, reward):
+    values = ["gold fish", "fish", "sea horse"]
+    kind, value, foil = ["false_suggestion"], ["gold fish"], ["sea horse"]
+    assert persona_rule([[]], [reply], kind=kind, value=value, foil=foil, slot_values=[values]) == [reward]
+
+
 PROBES = [dict(probe) for probe in world.probes(world.characters(12, seed=3), seed=3)]
 
 

@@ -288,8 +288,11 @@ def _episode(episode: Sequence[tuple[int, str, str]], path: str | Path, rejected
 # -- questions and answers ---------------------------------------------------------------------------------------------
 
 
+QUESTION_FILES = (".csv", ".json", ".jsonl", ".yml", ".yaml")
+
+
 def question_answer(path: str | Path, rejected: list[Row], *, persona: Sequence[str]) -> Iterator[Row]:
-    """Questions and answers, by the file's ending; a folder is read file by file.
+    """Questions and answers, by the file's ending; a folder is read file by file, without the folders in it.
 
     - *.csv, *.jsonl, *.json with a list: a column for the question and one for the answer (`QUESTION_COLUMNS`,
       `ANSWER_COLUMNS`); what stands in a column "input" or "context" beside them goes below the question;
@@ -309,9 +312,15 @@ def question_answer(path: str | Path, rejected: list[Row], *, persona: Sequence[
     """
     facts = checked_facts(persona)
     if Path(path).is_dir():
-        for file in sorted(Path(path).iterdir()):
-            if file.suffix.lower() in (".csv", ".json", ".jsonl", ".yml", ".yaml"):
-                yield from question_answer(file, rejected, persona=facts)
+        files = [file for file in sorted(Path(path).iterdir()) if file.suffix.lower() in QUESTION_FILES]
+        if not files:
+            below = sorted(
+                {str(file.parent) for file in Path(path).rglob("*") if file.suffix.lower() in QUESTION_FILES}
+            )
+            where = f"; there are some in {', '.join(below[:8])}: name one of these" if below else ""
+            raise DataError(f"`path`: no {', '.join(QUESTION_FILES)} file lies in {path}{where}")
+        for file in files:
+            yield from question_answer(file, rejected, persona=facts)
         return
     suffix = Path(path).suffix.lower()
     if suffix in (".yml", ".yaml"):
