@@ -347,6 +347,14 @@ def test_a_split_that_leaves_a_side_empty_is_refused():
             split(rows, heldout, 0)
 
 
+def test_a_folder_without_questions_names_those_below_it(tmp_path):
+    (tmp_path / "english").mkdir()
+    (tmp_path / "english" / "ai.yml").write_text("conversations:\n- [what is ai ?, a field .]\n")
+    with pytest.raises(DataError, match=r"no \.csv, .* file lies in .*; there are some in .*/english: name one"):
+        list(question_answer(tmp_path, [], persona=["i am a bot ."]))
+    assert len(list(question_answer(tmp_path / "english", [], persona=["i am a bot ."]))) == 1
+
+
 def talkative_rows() -> list[dict]:
     """40 characters x 6 replies of 1 to 12 words, all of which their facts have."""
     rows = []
