@@ -38,32 +38,59 @@ NONE = Verdict(0.0)
 @lru_cache(maxsize=65536)  # personas share sentences
 def contradiction(fact: str, statement: str) -> Verdict:
     """The verdict on two sentences in the first person; the order does not matter."""
-    texts = plain(fact), plain(statement)
-    cores = core(fact), core(statement)
-    found = [*_traits_differ(*cores)]
-    for left, right in (texts, cores):
-        found += [*_implied(left, right), *_implied(right, left)]
-    for ours, theirs in product(_claims(fact), _claims(statement)):
+    left, right = _reading(fact), _reading(statement)
+    if not (left.tells and right.tells):
+        return NONE
+    found = [*_traits_differ(left.texts[1], right.texts[1])]
+    for ours, theirs in zip(left.implications, right.implications, strict=True):
+        found += [*_implied(ours, theirs), *_implied(theirs, ours)]
+    for mine, other in product(left.claims, right.claims):
         found += [
-            _denied_whole(ours, theirs),
-            _polarity(ours, theirs),
-            _exclusive(ours, theirs),
-            _two_jobs(ours, theirs, " ".join(texts)),
+            _denied_whole(mine, other),
+            _polarity(mine, other),
+            _exclusive(mine, other),
+            _two_jobs(mine, other, f"{left.texts[0]} {right.texts[0]}"),
         ]
     return max(found, key=lambda verdict: verdict.score, default=NONE)
 
 
-_claims = lru_cache(maxsize=4096)(parse_claims)  # each fact is held against many statements
+class _Reading(NamedTuple):
+    """What the rules find in one sentence: read once, though it is held against many others."""
+
+    texts: tuple[str, str]  # plain, core
+    claims: list[Claim]
+    implications: tuple["_Implications", "_Implications"]  # of both texts
+    tells: bool
+    """False for a sentence in which no rule finds anything: it contradicts nothing."""
 
 
-def contradicts(persona: Iterable[str], reply: str) -> Verdict:
-    """The strongest contradiction between a fact of the persona and a sentence of the reply; questions are left out."""
-    sentences = [part for part in re.findall(r"[^.!?\n]+[.!?]*", reply) if not part.rstrip().endswith("?")]
+@lru_cache(maxsize=65536)
+def _reading(sentence: str) -> _Reading:
+    texts = plain(sentence), core(sentence)
+    claims = parse_claims(sentence)
+    implications = _implications(texts[0]), _implications(texts[1])
+    traits = bool(_traits(texts[1])) or _age(texts[1]) != _ANY_AGE
+    implies = _NEVER_OUT in texts[0] or any(any(found[1:]) for found in implications)
+    return _Reading(texts, claims, implications, bool(claims) or traits or implies)
+
+
+def contradicts(facts: Iterable[str], reply: str) -> Verdict:
+    """The strongest contradiction between a fact and a sentence of the reply; the reply's questions are left out.
+
+    Args:
+        facts: sentences of the persona, or the [`statements`] of an earlier turn.
+    """
     return max(
-        (contradiction(fact, sentence) for fact in persona for sentence in sentences),
+        (contradiction(fact, sentence) for fact in facts for sentence in statements(reply)),
         key=lambda verdict: verdict.score,
         default=NONE,
     )
+
+
+@lru_cache(maxsize=65536)
+def statements(text: str) -> list[str]:
+    """The sentences of a text without its questions."""
+    return [part for part in re.findall(r"[^.!?\n]+[.!?]*", text) if not part.rstrip().endswith("?")]
 
 
 # -- claims ----------------------------------------------------------------------------------------------------------
@@ -242,7 +269,7 @@ _COUNTED = "dogs?|cats?|horses?|fish|children|kids|sons?|daughters?|brothers?|si
 _COUNT = re.compile(rf"\b({NUMBER}) ((?:\w+ )??)({_COUNTED})\b")
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65536)
 def _traits(text: str) -> dict[str, frozenset[str]]:
     """Traits of which one has a single value, each with the value's words."""
     found: dict[str, frozenset[str]] = {}
@@ -300,7 +327,10 @@ def _traits_differ(left: str, right: str) -> Iterator[Verdict]:
         yield Verdict(0.95 if told and other_told else 0.8, "another age")
 
 
-@lru_cache(maxsize=4096)
+_ANY_AGE = (0, 150, False)
+
+
+@lru_cache(maxsize=65536)
 def _age(text: str) -> tuple[int, int, bool]:
     """From, to, and whether it is told in years."""
     text = re.sub(r"\b(?:since|when|until|before|after|as) (?:i (?:was|am|turned) )?.*", "", text)
@@ -311,7 +341,11 @@ def _age(text: str) -> tuple[int, int, bool]:
             return _DECADES[told[3]], _DECADES[told[3]] + 9, True
         return int(lemma(number)), int(lemma(number)), True
     ranges = [(low, high) for pattern, low, high in _AGES if pattern.search(text)]
-    return max((low for low, _ in ranges), default=0), min((high for _, high in ranges), default=150), False
+    return (
+        max((low for low, _ in ranges), default=_ANY_AGE[0]),
+        min((high for _, high in ranges), default=_ANY_AGE[1]),
+        False,
+    )
 
 
 # -- implications ------------------------------------------------------------------------------------------------------
@@ -435,17 +469,35 @@ _OPPOSITES = tuple(
 )  # fmt: skip
 
 
-def _implied(left: str, right: str) -> Iterator[Verdict]:
+_NEVER_OUT = "never been out of"
+_ELSEWHERE = re.compile(rf"(?:.* )?{_NEVER_OUT} (\w+).* \| (?:.* )?i (?:live|work)(?: here| now)? in (?!\1)\w+")
+
+
+class _Implications(NamedTuple):
+    """Which rules of the two tables a text stands for, on their left and on their right."""
+
+    text: str
+    implies: frozenset[int]
+    ruled_out: frozenset[int]
+    is_one: frozenset[int]
+    is_other: frozenset[int]
+
+
+def _implications(text: str) -> _Implications:
+    return _Implications(
+        text,
+        frozenset(place for place, rule in enumerate(_IMPLIED) if rule[0].match(text)),
+        frozenset(place for place, rule in enumerate(_IMPLIED) if rule[1].match(text)),
+        frozenset(place for place, (one, _) in enumerate(_OPPOSITES) if one.match(text)),
+        frozenset(place for place, (_, other) in enumerate(_OPPOSITES) if other.match(text)),
+    )
+
+
+def _implied(left: _Implications, right: _Implications) -> Iterator[Verdict]:
     """What the left one says against the right one."""
-    for one, other, score, reason in _IMPLIED:
-        if one.match(left) and other.match(right):
-            yield Verdict(score, reason)
-    if re.match(
-        r"(?:.* )?never been out of (\w+).* \| (?:.* )?i (?:live|work)(?: here| now)? in (?!\1)\w+",
-        f"{left} | {right}",
-    ):
+    for place in sorted(left.implies & right.ruled_out):
+        yield Verdict(*_IMPLIED[place][2:])
+    if _NEVER_OUT in left.text and _ELSEWHERE.match(f"{left.text} | {right.text}"):
         yield Verdict(0.6, "was never there")
-    if " not " not in f"{left} {right}":
-        for one, other in _OPPOSITES:
-            if one.match(left) and other.match(right):
-                yield Verdict(0.6, "is the opposite")
+    if left.is_one & right.is_other and " not " not in f"{left.text} {right.text}":
+        yield Verdict(0.6, "is the opposite")

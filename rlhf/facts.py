@@ -510,7 +510,7 @@ def _claim(slot: str, match: re.Match[str]) -> Claim | None:
 
 def _counted(slot: str, value: str) -> str:
     """ "dogs", of "three dogs" """
-    return value.split(maxsplit=1)[1] if slot.startswith("number of ") else ""
+    return value.partition(" ")[2] if slot.startswith("number of ") else ""
 
 
 def claims(persona: Iterable[str]) -> Iterator[tuple[str, Claim]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from evaluation.contradiction import THRESHOLD, contradiction, contradicts
+from evaluation.contradiction import THRESHOLD, contradiction, contradicts, statements
 from rlhf.data.sources import convai2
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +80,12 @@ def test_a_reply_is_held_against_every_fact():
     assert contradicts(persona, "hello ! i am 40 years old . i live in rome .").reason == "another age"
     assert contradicts(persona, "hello . do you live in rome ?") == (0.0, "")
     assert contradicts(persona, "") == (0.0, "") == contradicts([], "i live in rome .")
+
+
+def test_statements_are_sentences_without_questions():
+    assert statements("hi . do you swim ? i do !\nreally") == ["hi .", " i do !", "really"]
+    # a number whose noun is cut off with what follows once ended the whole scoring
+    assert contradicts(["i collect hats and i have over 1000 in my collection ."], "i have two dogs .") == (0.0, "")
 
 
 def _benchmark():
