@@ -110,7 +110,7 @@ def verdicts(systems: dict[str, System]) -> dict[str, bool]:
             found[f"{name}: inside SFT's interval, {decoding}"] = low["sft"] <= value[name] <= high["sft"]
     for name in ("dpo", "ppo", "ppo_rule"):
         checks = guards(systems[name], list(systems.values()))
-        found[f"{name}: KL, length, repetition, distinct-2 and question rate within their guards"] = all(
+        found[f"{name}: within the guards of the report"] = all(
             passed for _, _, passed in checks
         )
     return found

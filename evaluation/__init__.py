@@ -28,6 +28,39 @@ METRICS: dict[str, Metric] = {
             "as persona_consistency, replies sampled, samples of one probe averaged first",
         ),
         Metric(
+            "persona_composite",
+            "0-1",
+            0,
+            1,
+            True,
+            "corpus",
+            "measures.py; a line for curves and ladders, not the headline",
+            "coverage / people's, at most 1, x contradiction_free_rate x (1 - copy_rate above people's) x people's "
+            "fact_density / own, at most 1; people of run.human_band",
+        ),
+        Metric(
+            "contradiction_free_rate",
+            "share of replies",
+            0,
+            1,
+            True,
+            "reply",
+            "contradiction.py, by rule",
+            "no sentence rules out a persona sentence or an earlier own turn; limited recall, silence has 1; ConvAI2 "
+            "humans 0.988",
+        ),
+        Metric(
+            "grounded_coverage",
+            "share of facts",
+            0,
+            1,
+            True,
+            "corpus",
+            "persona.py",
+            "persona sentences expressed in a dialogue (half of the content words, none that the user said) by a reply "
+            "that is no copy and contradicts nothing; one number of replies a dialogue; ConvAI2 humans 0.56",
+        ),
+        Metric(
             "kl_reference",
             "nats per reply",
             0,

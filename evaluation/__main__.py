@@ -23,6 +23,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--distinct_tokens", type=int, default=DISTINCT_TOKENS, help="tokens that distinct-n is taken over"
     )
     scorer.add_argument("--nli_model", help="folder or name of an NLI classifier: adds the C-score")
+    scorer.add_argument(
+        "--human",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="replies of people in other dialogues, as RESPONSES.jsonl or whole dialogues with `messages`: adds the "
+        "human band, the guards and persona_composite",
+    )
     scorer.set_defaults(command=score)
 
     commands.add_parser(  # listed here for the help alone: `main` hands it to the parser of recipes

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evaluation import METRICS
+from evaluation.human_band import human_values
 from evaluation.intervals import (
     NUM_RESAMPLES,
     NUM_TRIALS,
@@ -29,9 +30,9 @@ from evaluation.intervals import (
     wilson,
     with_ones,
 )
+from evaluation.measures import independent, measures
 from evaluation.perplexity import COUNTS, nats_statistic
 from evaluation.probes import KINDS
-from evaluation.score import independent, measures
 from rlhf.files import read_jsonl
 
 Row = Mapping[str, Any]
@@ -46,17 +47,20 @@ class Items(NamedTuple):
     statistic: Statistic
 
 
-def reply_items(rows: Sequence[Row], seed: int = 0) -> dict[str, Items]:
+def reply_items(
+    rows: Sequence[Row], seed: int = 0, human: Mapping[str, float | None] | None = None
+) -> dict[str, Items]:
     """Items of every metric of recorded replies that adds up over them; an item is persona, history and dialogue.
 
     Args:
         rows: as for `score_rows`, several a prompt where there are several decodings.
+        human: as for `measures`. Coverage and composite are numbers of a dialogue, and so is their item.
     """
     _, clusters = independent(rows)
     keys = [json.dumps([row["dialogue_id"], row["persona"], row["history"]]) for row in rows]
     return {
         name: _averaged([keys[i] for i in m.rows], [clusters[i] for i in m.rows], m.statistics, m.statistic)
-        for name, m in measures(rows, seed).items()
+        for name, m in measures(rows, seed, human).items()
     }
 
 
@@ -112,9 +116,15 @@ def system_items(folder: str | Path, seed: int = 0) -> dict[str, Items]:
     scored = Path(folder) / "likelihoods.jsonl"
     return {
         **fact_items(rows),
-        **(reply_items(spoken, seed) if spoken else {}),
+        **(reply_items(spoken, seed, _human(Path(folder) / "results.json")) if spoken else {}),
         **likelihood_items(read_jsonl(scored) if scored.is_file() else []),
     }
+
+
+def _human(results: Path) -> dict[str, float | None] | None:
+    """What people do, as the system's results have it."""
+    band = json.loads(results.read_text(encoding="utf-8"))["run"].get("human_band") if results.is_file() else None
+    return human_values(band) if band else None
 
 
 def _averaged(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from evaluation.contradiction import THRESHOLD, contradicts
-from evaluation.persona import content_stems
+from evaluation.persona import expressed
 from evaluation.probes import mentions, why
 from evaluation.results import System
 
@@ -19,7 +19,6 @@ KINDS = {"direct": "Direct question", "false_suggestion": "False suggestion", "t
 KINDS_APART = {"absent": "Absent fact", "forget": "“Forget your persona”"}
 SPLITS = {"seen": "Seen wording", "held_out_wording": "Held-out wording", "held_out_slot": "Held-out slot"}
 NUM_DIALOGUES, NUM_FAILURES, SEED = 12, 4, 0
-SUPPORTING_SHARE = 0.5  # of a fact's content words
 
 Row = Mapping[str, Any]
 Vocabulary = dict[str, tuple[set[str], bool]]
@@ -89,13 +88,12 @@ def probe_marks(row: Row, reply: str, known: Vocabulary) -> list[Mark]:
 
 def sentence_marks(persona: Sequence[str], reply: str) -> list[Mark]:
     """What a reply in free dialogue says of the persona's sentences."""
-    spoken, marks = content_stems(reply), []
-    for fact in persona:
-        stems = content_stems(fact)
+    said, marks = expressed(persona, reply), []
+    for place, fact in enumerate(persona):
         verdict = contradicts([fact], reply)
         if verdict.score >= THRESHOLD:
             marks.append(Mark("contradicted", f"{fact} ({verdict.reason})"))
-        elif stems and len(stems & spoken) >= SUPPORTING_SHARE * len(stems):
+        elif place in said:
             marks.append(Mark("supported", fact))
     return marks
 

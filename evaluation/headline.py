@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from evaluation.bots import DEGENERATE_LIMIT, ORACLE_FLOOR, OTHER_PERSONA_LIMIT
 from evaluation.charts import CLAIM, hue_of
+from evaluation.guards import WITHOUT_PEOPLE, Check, check, verdict
 from evaluation.results import ANCHORS, ATTACKS, FLOORS, HEADLINE, Score, System
 
 ROLES = {
@@ -27,15 +28,6 @@ ROLES = {
     "agree": "attack: yes to everything",
     "no_value": "attack: “no, <the fact>” to everything",
 }
-# A persona score is easily bought with replies that nobody wants: these must stay near the yardstick system.
-# (metric, name, how it is compared, lowest, highest); shares are differences, quantities are ratios.
-GUARDS = (
-    ("length_words", "length ratio", "ratio", 0.5, 2.0),
-    ("distinct_2", "distinct-2 ratio", "ratio", 0.8, math.inf),
-    ("repetition", "repetition change", "difference", -math.inf, 0.03),
-    ("question_rate", "question rate change", "difference", -0.2, 0.2),
-    ("kl_reference", "KL to SFT", "difference", -math.inf, 5.0),  # SFT's own is 0; broken policies have had 7 and more
-)
 
 
 class Cell(NamedTuple):
@@ -116,36 +108,35 @@ def of_run(system: System, systems: list[System], names: Iterable[str]) -> Syste
     return next((other for name in names for other in systems if (other.run, other.name) == (system.run, name)), None)
 
 
-def guards(system: System, systems: list[System]) -> list[tuple[str, float | None, bool | None]]:
-    """(guard, measured, passed) against the reference replies or else SFT; None where a number is absent."""
-    yardstick = of_run(system, systems, ("reference", "sft"))
-    if system.name in ANCHORS or yardstick is system:
+def guards(system: System, systems: list[System]) -> list[Check]:
+    """The guards against people where the results have their band, or else against the reference system or SFT."""
+    band = system.record.get("human_band")
+    other = of_run(system, systems, ("reference", "sft"))
+    if system.name in ANCHORS or (not band and other is system):
         return []
-    checks: list[tuple[str, float | None, bool | None]] = []
-    for metric, label, how, low, high in GUARDS:
-        own = system.metrics.get(metric)
-        other = yardstick.metrics.get(metric) if yardstick else None
-        if metric == "kl_reference" and own is None:
-            continue  # the base is no policy, and data without probes has no samples to estimate it on
-        if own is None or other is None or (how == "ratio" and other.value == 0):
-            checks.append((label, None, None))
-        else:
-            measured = own.value / other.value if how == "ratio" else own.value - other.value
-            checks.append((label, measured, low <= measured <= high))
-    return checks
+    known = other.metrics if other else {}
+    yardstick = {name: known[name].value if name in known else None for name in WITHOUT_PEOPLE}
+    return check(
+        {name: score.value for name, score in system.metrics.items()}, band["yardstick"] if band else yardstick
+    )
+
+
+def yardstick_words(system: System, systems: list[System]) -> str:
+    """What the guards of a system are measured against."""
+    band, other = system.record.get("human_band"), of_run(system, systems, ("reference", "sft"))
+    if band:
+        return f"against people, {band['source']}"
+    return f"against {other.label}" if other else "no yardstick"
 
 
 def _guard_cell(system: System, systems: list[System]) -> Cell:
     checks = guards(system, systems)
     if not checks:
         return Cell("anchor" if system.name in ANCHORS else "yardstick")
-    failed = [label for label, _, passed in checks if passed is False]
-    unknown = [label for label, _, passed in checks if passed is None]
-    if failed:
-        return Cell("NOT COMPARABLE", "guard: " + ", ".join(failed), "bad")
-    if unknown:
-        return Cell("not checked", ", ".join(unknown))
-    return Cell("all pass", "", "good")
+    text, labels = verdict(checks)
+    if text == "NOT COMPARABLE":
+        return Cell(text, f"guard: {labels}", "bad")
+    return Cell(text, labels, "good" if text == "all pass" else "")
 
 
 def _limit(system: System) -> tuple[str, bool] | None:

@@ -5,7 +5,7 @@ the whole persona scores 1, denying a fact scores as asserting it, human replies
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ _GENERIC_WORDS = """
 STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 UNINFORMATIVE = STOP_WORDS | frozenset(_GENERIC_WORDS.split())
 MIN_KEYWORD_LENGTH = 4
+EXPRESSING_SHARE = 0.5  # of a sentence's content words
 
 
 class Overlap(NamedTuple):
@@ -75,6 +76,18 @@ def fact_density(persona: Sequence[str], reply: str) -> float:
     """
     spoken = content_stems(reply)
     return sum(not spoken.isdisjoint(content_stems(sentence)) for sentence in _checked(persona)) / len(persona)
+
+
+def expressed(persona: Sequence[str], reply: str, heard: Iterable[str] = ()) -> set[int]:
+    """Places of the persona sentences that the reply expresses: it has half of their content words or more.
+
+    Args:
+        heard: what the user has said. Its words do not count: repeating them says nothing of oneself, and on
+            Synthetic-Persona-Chat an echo would cover as much of the persona as people do.
+    """
+    spoken = content_stems(reply).difference(*map(content_stems, heard))
+    wanted = ((place, content_stems(sentence)) for place, sentence in enumerate(persona))
+    return {place for place, stems in wanted if stems and len(stems & spoken) >= EXPRESSING_SHARE * len(stems)}
 
 
 def persona_lift(persona: Sequence[str], other: Sequence[str], reply: str) -> float:

@@ -20,12 +20,13 @@ from trl import ModelConfig
 from evaluation.bots import NAMES as RULES
 from evaluation.bots import bots
 from evaluation.fact_probes import probes_of
+from evaluation.human_band import People, prepared_people
 from evaluation.intervals import cluster_bootstrap, rate_interval
 from evaluation.nli import NLI, c_scores, load_nli
 from evaluation.perplexity import dialogue_nats, perplexity_intervals, reply_nll
 from evaluation.probes import persona_consistency, score_reply
 from evaluation.ranking import candidate_hits
-from evaluation.score import independent, metric_row, score_rows
+from evaluation.score import independent, metric_row, read_people, score_rows
 from rlhf.chat import render_within, reply_ids
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
@@ -106,6 +107,7 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
         dataset = Path(args.dataset)
         dialogues = read_jsonl(dataset / "dialogues_heldout.jsonl", args.max_dialogues)
         probes, coverage = _probes(dataset / "probes.jsonl", dialogues, args)
+        people = read_people(prepared_people(dataset))
         logger.info("%d dialogues, %d probes", len(dialogues), len(probes))
         if coverage:
             logger.info("probes from the personas: %s", coverage)
@@ -131,12 +133,12 @@ def main(args: EvaluateConfig, model_args: ModelConfig) -> None:
             logger.info("evaluating %s", name)
             if name in RULES:
                 rows = _judged(_fixed_rows(name, dialogues, probes, args.seed), nli, args)
-                results = _results(rows, args)
+                results = _results(rows, people, args)
                 likelihoods = []
             else:
                 with _active(model, name if folder is not None else None):
                     rows = _judged(_model_rows(dialogues, probes, reply_with, args), nli, args)
-                    results = _results(rows, args)
+                    results = _results(rows, people, args)
                     likelihoods = _add_perplexity(results, model, tokenizer, dialogues, args)
                     likelihoods += _add_hits(results, model, tokenizer, dialogues, args)
                     _add_kl(results, model, tokenizer, rows, name, args)
@@ -281,9 +283,10 @@ def _judged(rows: list[Row], nli: NLI | None, args: EvaluateConfig) -> list[Row]
     return rows
 
 
-def _results(rows: Sequence[Row], args: EvaluateConfig) -> Row:
+def _results(rows: Sequence[Row], people: People, args: EvaluateConfig) -> Row:
     """Metrics that need no model: of the dialogue replies, and of the probes where there are any."""
-    results = score_rows([row for row in rows if row["correct"] is None], args.seed, args.distinct_tokens)
+    spoken = [row for row in rows if row["correct"] is None]
+    results = score_rows(spoken, args.seed, args.distinct_tokens, people=people)
     results["breakdown"] = []
     probed = [row for row in rows if row["correct"] is not None]
     if probed:

@@ -9,15 +9,14 @@ from evaluation.baselines import load_baselines
 from evaluation.charts import Chart, Lines, bars, curve, stacked, turn_lines
 from evaluation.dialogues import KINDS, KINDS_APART, SPLITS
 from evaluation.drift import MIN_KEPT, half_life_words, measure_drift
+from evaluation.guards import GUARDS
 from evaluation.headline import (
-    GUARDS,
     Cell,
     Table,
     broken_rungs,
     duration,
     guards,
     ladder_table,
-    of_run,
     percent,
     percent_interval,
     plain,
@@ -25,13 +24,15 @@ from evaluation.headline import (
     share_cell,
     span,
     without_attacks,
+    yardstick_words,
 )
+from evaluation.human_band import in_words
 from evaluation.results import ANCHORS, APART, HEADLINE, Score, Stage, System, finite, ordered
 
 # Rows of "All metrics", for reading; a metric that is in no group comes last.
 GROUPS = {
     "Persona": (
-        HEADLINE, f"{HEADLINE}_sampled", "persona_composite", "contradiction_free", "kl_reference", "c_score",
+        HEADLINE, f"{HEADLINE}_sampled", "persona_composite", "contradiction_free_rate", "grounded_coverage", "kl_reference", "c_score",
         "verbatim_facts", "persona_lift", "fact_density", "persona_precision", "persona_recall", "persona_f1", "copy_rate",
         "keyword_score",
     ),
@@ -222,19 +223,19 @@ def _guard_section(systems: list[System]) -> Section:
                 else:
                     text = f"{measured:.2f}" if label.endswith("ratio") else f"{measured:+.3f}"
                     cells.append(Cell(text, "pass" if passed else "fail", "good" if passed else "bad"))
-            yardstick = of_run(system, systems, ("reference", "sft"))
-            rows.append([Cell(system.label, f"against {yardstick.label}" if yardstick else "no yardstick"), *cells])
+            rows.append([Cell(system.label, yardstick_words(system, systems)), *cells])
     heads = []
     for _, label, how, low, high in GUARDS:
         form = ".2g" if how == "ratio" else "+.2g"
         bounds = f"≤ {high:{form}}" if low == -math.inf else f"≥ {low:{form}}" if high == math.inf else ""
         heads.append(f"{label} ({bounds or f'{low:{form}} to {high:{form}}'})")
     note = (
-        "A persona score can be bought with replies that nobody wants. Length, distinct-2, repetition and question rate "
-        "must stay near the reference replies, or near SFT where none were evaluated; otherwise the headline is marked "
-        "NOT COMPARABLE."
+        "A persona score can be bought with replies that nobody wants. Copying, facts a reply, length, EAD, repetition and "
+        "question rate must stay near people's in other dialogues (generated data have generated replies in that role), or "
+        "near SFT's where no band of people was measured; otherwise the headline is marked NOT COMPARABLE."
     )
-    return _told("Guards", [note], [], [Table(["System", *heads], rows)] if rows else [])
+    bands = dict.fromkeys(in_words(s.record["human_band"]) for s in systems if "human_band" in s.record)
+    return _told("Guards", [note, *bands], [], [Table(["System", *heads], rows)] if rows else [])
 
 
 def _points(log: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:

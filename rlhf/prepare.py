@@ -378,7 +378,7 @@ def _tokenize(model: str | None) -> Callable[[list[str]], list[list[int]]] | Non
 def _remove_old(folder: Path) -> None:
     """Take away what an earlier run made: its files would be read, and hashed, as this run's."""
     data = [f"{kind}_{side}.jsonl" for kind in KINDS for side in SIDES]
-    for name in (*data, *NOT_DATA, "probes.jsonl", "statistics.json", "statistics.png"):
+    for name in (*data, *NOT_DATA, "probes.jsonl", "references_train.jsonl", "statistics.json", "statistics.png"):
         (folder / name).unlink(missing_ok=True)
     for left_over in folder.glob(".*.tmp"):  # by a run that was killed in a write
         left_over.unlink()

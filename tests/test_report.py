@@ -47,6 +47,7 @@ METRICS = {
     "f1": (0.402, "share"),
     "distinct_1": (0.061, "share"),
     "distinct_2": (0.184, "share"),
+    "ead": (0.184, "ratio"),
     "question_rate": (0.112, "share"),
     "length_words": (6.83, "words"),
     "repetition": (0.004, "share"),
@@ -306,19 +307,53 @@ def test_parts_are_copied_from_the_breakdown(finished: Path) -> None:
 def test_failed_guard_marks_the_headline(tmp_path: Path) -> None:
     run = make_runs(tmp_path, curves=False)
     # sft has .184: .147 / .184 = .799 fails where .1473 / .184 = .8005 would pass
-    change(run / "evaluate/ppo/results.json", lambda r: r["metrics"]["distinct_2"].update(value=0.147))
-    change(run / "evaluate/dpo/results.json", lambda r: r["metrics"]["distinct_2"].update(value=0.1473))
+    change(run / "evaluate/ppo/results.json", lambda r: r["metrics"]["ead"].update(value=0.147))
+    change(run / "evaluate/dpo/results.json", lambda r: r["metrics"]["ead"].update(value=0.1473))
     write_report([run], tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
     rows = table_rows(text, "Persona consistency")
-    assert rows["ppo"][5] == "NOT COMPARABLE (guard: distinct-2 ratio)"
+    assert rows["ppo"][5] == "NOT COMPARABLE (guard: EAD ratio)"
     assert rows["dpo"][5] == "all pass"
     assert text.splitlines()[2].startswith("**dpo keeps 92.2 %")  # the higher score does not lead when a guard fails
-    assert table_rows(text, "Guards")["ppo"][2] == "0.80 (fail)"
-    change(run / "evaluate/dpo/results.json", lambda r: r["metrics"].pop("distinct_2"))
+    assert table_rows(text, "Guards")["ppo"][4] == "0.80 (fail)"
+    change(run / "evaluate/dpo/results.json", lambda r: r["metrics"].pop("ead"))
     write_report([run], tmp_path / "out")
     lead = (tmp_path / "out/report.md").read_text().splitlines()[2]
-    assert lead.startswith("**dpo keeps 92.2 %") and "Guards not checked: distinct-2 ratio." in lead
+    assert lead.startswith("**dpo keeps 92.2 %") and "Guards not checked: EAD ratio." in lead
+
+
+def test_people_are_the_yardstick_where_there_is_a_band(tmp_path: Path) -> None:
+    run = make_runs(tmp_path, curves=False)
+    near = {
+        "copy_rate": 0.03,
+        "fact_density": 0.2,
+        "length_words": 7.0,
+        "ead": 0.2,
+        "repetition": 0.0,
+        "question_rate": 0.2,
+    }
+    people = {
+        "metrics": {"copy_rate": score(0.01, 0.0, 0.02, 900)},
+        "replies": 900,
+        "dialogues": 300,
+        "source": "talks.jsonl",
+    }
+
+    def with_band(results: dict) -> None:
+        results["run"]["human_band"] = people | {"yardstick": near}
+        results["metrics"]["fact_density"] = score(0.1, 0.09, 0.11, 400)
+
+    for name in ("base", "sft", "dpo", "ppo"):
+        change(run / f"evaluate/{name}/results.json", with_band)
+    change(run / "evaluate/ppo/results.json", lambda r: r["metrics"]["copy_rate"].update(value=0.031))
+    write_report([run], tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    rows = table_rows(text, "Persona consistency")
+    assert rows["ppo"][5] == "NOT COMPARABLE (guard: copy rate above the human 95th percentile)"
+    assert rows["dpo"][5] == rows["sft"][5] == "all pass"  # SFT is no yardstick any more
+    guards = table_rows(text, "Guards")
+    assert guards["ppo"][1] == "+0.001 (fail)" and "(against people, talks.jsonl)" in text
+    assert "People, 900 replies in 300 dialogues of talks.jsonl: copy_rate 0.01." in text
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -610,5 +645,5 @@ def test_a_results_file_explains_itself(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "replies.jsonl"), "--output", str(tmp_path / "results.json"), "--seed", "3"]
     main(["score", *arguments])
     run = json.loads((tmp_path / "results.json").read_text())["run"]
-    assert run["config"] == {"seed": 3, "distinct_tokens": 10_000, "nli_model": None}
+    assert run["config"] == {"seed": 3, "distinct_tokens": 10_000, "nli_model": None, "human": None}
     assert run.keys() >= {"versions", "git_commit", "data_hash", "seed", "date", "rows", "clusters", "not_scored"}

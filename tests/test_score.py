@@ -13,6 +13,7 @@ from scipy import stats
 
 from evaluation import METRICS
 from evaluation.__main__ import main
+from evaluation.human_band import People
 from evaluation.score import independent, parse_row, read_rows, score_rows
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +183,7 @@ def test_run_says_what_was_scored():
     assert run["distinct_tokens"] == 12
     assert run["ead_vocabulary"] == 19_304
     assert run["not_scored"] == {
+        "persona_composite": "no replies of people in other dialogues were given to compare with",
         "persona_lift": "the rows are of fewer than two characters",
         "c_score": "no `nli_model` was given, or no row has a persona",
         "verbatim_facts": "no address, number or name stands in a persona and in its reference",
@@ -194,7 +196,8 @@ def test_rows_of_the_table_are_true_to_the_metrics():
         make_row(persona=[f"i am {n} ."], response=f"i am {n} years old .", reference=f"{n} .", dialogue_id=f"d{n}")
         for n in (20, 30)
     ]
-    result = score_rows([{**row, "c_score": 1.0} for row in (*make_rows(), *numbers)])
+    people = People([make_row(persona=["i sing ."], response="i sing songs .", dialogue_id=n) for n in "ab"], "p", "")
+    result = score_rows([{**row, "c_score": 1.0} for row in (*make_rows(), *numbers)], people=people)
     assert set(result["metrics"]) == set(METRICS) - ELSEWHERE
     for name, row in result["metrics"].items():
         assert list(row) == ["value", "ci_low", "ci_high", "n", "unit", "higher_is_better"]
@@ -248,7 +251,7 @@ def test_all_replies_empty():
     # a ratio over nothing has no value: it is named, and not 0
     assert set(result["run"]["not_scored"]) == {
         *("distinct_1", "distinct_2", "ead", "persona_lift", "c_score", "verbatim_facts", "mean_idf"),
-        *("repetition", "repetition_within", "repetition_across", "repetition_context"),
+        *("persona_composite", "repetition", "repetition_within", "repetition_across", "repetition_context"),
         *("sentence_words", "punctuation_rate", "capital_rate"),
     }
 
@@ -400,5 +403,5 @@ def test_the_benchmark_scores_what_it_generates():
     rows = list(benchmark.replies(40))
     assert all(parse_row(row) == row for row in rows)
     result = score_rows(rows, num_resamples=50)
-    assert set(result["run"]["not_scored"]) == {"c_score", "verbatim_facts"}
+    assert set(result["run"]["not_scored"]) == {"c_score", "verbatim_facts", "persona_composite"}
     assert result["run"]["clusters"] == {"unit": "persona", "n": 4}

@@ -205,11 +205,21 @@ def test_files_are_complete_and_the_same_for_the_same_seed(tmp_path):
     count = {name: len(text.splitlines()) for name, text in files.items() if name != "probes.jsonl"}
     assert count == {
         "dialogues_train.jsonl": 20,
+        "references_train.jsonl": 20,
         "dialogues_heldout.jsonl": 10,
         "preferences_train.jsonl": 14,
         "preferences_heldout.jsonl": 7,
         "prompts_train.jsonl": 8,
         "prompts_heldout.jsonl": 5,
     }
+    flawed, clean = (
+        [json.loads(line) for line in files[f"{kind}_train.jsonl"].splitlines()]
+        for kind in ("dialogues", "references")
+    )
+    assert [row["dialogue_id"] for row in flawed] == [row["dialogue_id"] for row in clean] and flawed != clean
+    said = (
+        [[m["content"] for m in row["messages"] if m["role"] == "user"] for row in rows] for rows in (flawed, clean)
+    )
+    assert next(said) == next(said)  # the same dialogues, but for the replies
     world.write(tmp_path / "two", seed=5, **sizes)
     assert files["probes.jsonl"] != (tmp_path / "two" / "probes.jsonl").read_text()

@@ -598,6 +598,8 @@ def write(
     """Writes ``{dialogues,preferences,prompts}_{train,heldout}.jsonl`` and ``probes.jsonl`` into ``folder``.
 
     The training dialogues are flawed, the held-out dialogues are clean: they are the references of the evaluation.
+    ``references_train.jsonl`` has the training dialogues without flaws, which nothing is trained on: what people's
+    dialogues are to a chatbot (``evaluation/human_band.py``).
     Probed characters are held out and may have facts of held-out slots.
     """
     folder = Path(folder)
@@ -609,5 +611,6 @@ def write(
         write_jsonl(folder / f"dialogues_{side}.jsonl", dialogues(sizes[0], seed, held_out, flawed=not held_out))
         write_jsonl(folder / f"preferences_{side}.jsonl", preference_pairs(sizes[1], seed, held_out))
         write_jsonl(folder / f"prompts_{side}.jsonl", prompts(sizes[2], seed, held_out))
+    write_jsonl(folder / "references_train.jsonl", dialogues(train_dialogues, seed, flawed=False))
     cast = characters(probe_characters, seed, held_out=True, held_out_slots=True)
     write_jsonl(folder / "probes.jsonl", probes(cast, seed))
