@@ -116,9 +116,13 @@ def guards(system: System, systems: list[System]) -> list[Check]:
         return []
     known = other.metrics if other else {}
     yardstick = {name: known[name].value if name in known else None for name in WITHOUT_PEOPLE}
-    return check(
-        {name: score.value for name, score in system.metrics.items()}, band["yardstick"] if band else yardstick
-    )
+    if band:
+        yardstick = dict(band["yardstick"])
+        sft = of_run(system, systems, ("sft",))
+        if sft and "ead" in sft.metrics and yardstick["ead"] is not None:
+            # Greedy decoding says fewer different words than people whatever was trained; what was lost since counts.
+            yardstick["ead"] = min(yardstick["ead"], sft.metrics["ead"].value)
+    return check({name: score.value for name, score in system.metrics.items()}, yardstick)
 
 
 def yardstick_words(system: System, systems: list[System]) -> str:

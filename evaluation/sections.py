@@ -231,8 +231,9 @@ def _guard_section(systems: list[System]) -> Section:
         heads.append(f"{label} ({bounds or f'{low:{form}} to {high:{form}}'})")
     note = (
         "A persona score can be bought with replies that nobody wants. Copying, facts a reply, length, EAD, repetition and "
-        "question rate must stay near people's in other dialogues (generated data have generated replies in that role), or "
-        "near SFT's where no band of people was measured; otherwise the headline is marked NOT COMPARABLE."
+        "question rate must stay near people's in other dialogues (generated data have generated replies in that role), EAD "
+        "near SFT's where that is lower; and all near SFT's where no people were measured. Otherwise the headline is marked "
+        "NOT COMPARABLE."
     )
     bands = dict.fromkeys(in_words(s.record["human_band"]) for s in systems if "human_band" in s.record)
     return _told("Guards", [note, *bands], [], [Table(["System", *heads], rows)] if rows else [])

@@ -105,7 +105,9 @@ def test_several_decodings_are_averaged_first():
 
 
 def test_other_prompts_are_refused():
-    with pytest.raises(ValueError, match="`contradiction_free_rate`: 10 of the 60 items of `a` are not in `b`, and 0 of `b`"):
+    with pytest.raises(
+        ValueError, match="`contradiction_free_rate`: 10 of the 60 items of `a` are not in `b`, and 0 of `b`"
+    ):
         compare(reply_items(rows(1)), reply_items(rows(2, 50)))
     with pytest.raises(ValueError, match="none of `metrics` .* in common: .* `b` none"):
         compare(reply_items(rows(1)), {})

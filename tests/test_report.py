@@ -351,6 +351,10 @@ def test_people_are_the_yardstick_where_there_is_a_band(tmp_path: Path) -> None:
     rows = table_rows(text, "Persona consistency")
     assert rows["ppo"][5] == "NOT COMPARABLE (guard: copy rate above the human 95th percentile)"
     assert rows["dpo"][5] == rows["sft"][5] == "all pass"  # SFT is no yardstick any more
+    # all have an EAD of .184 but dpo (.184 * 1.05); people's .24 gives way to SFT's .184
+    assert (
+        table_rows(text, "Guards")["dpo"][4] == "1.05 (pass)" and table_rows(text, "Guards")["sft"][4] == "1.00 (pass)"
+    )
     guards = table_rows(text, "Guards")
     assert guards["ppo"][1] == "+0.001 (fail)" and "(against people, talks.jsonl)" in text
     assert "People, 900 replies in 300 dialogues of talks.jsonl: copy_rate 0.01." in text
