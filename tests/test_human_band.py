@@ -138,8 +138,9 @@ def test_command_takes_a_file_of_people(tmp_path, capsys):
 def holds(results):
     """The limits of the ladder."""
     composite = {name: found["metrics"]["persona_composite"]["value"] for name, found in results.items()}
+    human, reworded = composite.pop("human"), composite.pop("reworded_fact")  # the latter has no limit
     # Near 1 with as many dialogues as docs/results.md has; with a few the interval is wide, and must reach it.
-    assert composite.pop("human") > 2 * DEGENERATE_LIMIT > composite.pop("reworded_fact")  # the latter has no limit
+    assert human > max(2 * DEGENERATE_LIMIT, reworded)
     assert results["human"]["metrics"]["persona_composite"]["ci_high"] > 0.9
     assert composite.pop("other_persona") < OTHER_PERSONA_LIMIT
     assert len(composite) == 10 and max(composite.values()) < DEGENERATE_LIMIT, composite
