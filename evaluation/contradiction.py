@@ -119,12 +119,18 @@ _HAVING = ("have", "pet", "child", "sibling", "vehicle", "number of ")
 _LIKING_SLOTS = ("like", "favorite ", "eat", "drink", "listen to", "watch", "read", "play")
 
 
+# What one is for a moment, of one thing: "i am sure you will", "i am not sure yet".
+_PASSING = lemmas("sure glad sorry ready certain")
+
+
 def _polarity(left: Claim, right: Claim) -> Verdict:
     left, right = _as_liking(left), _as_liking(right)
     alike = any(all(c.slot.startswith(slots) for c in (left, right)) for slots in (_HAVING, _LIKING_SLOTS))
     if left.positive == right.positive or not (left.slot == right.slot or alike):
         return NONE
     ours, theirs = (frozenset(word for word in claim.lemmas if not word.isdigit()) for claim in (left, right))
+    if left.slot == "be" and ours & theirs & _PASSING:
+        return NONE
     shared = len(ours & theirs) / min(len(ours), len(theirs)) if ours and theirs else 0.0
     return Verdict(shared if shared == 1 else 0.6 * shared, "affirms and denies the same") if shared else NONE
 
@@ -334,6 +340,7 @@ _ANY_AGE = (0, 150, False)
 def _age(text: str) -> tuple[int, int, bool]:
     """From, to, and whether it is told in years."""
     text = re.sub(r"\b(?:since|when|until|before|after|as) (?:i (?:was|am|turned) )?.*", "", text)
+    text = re.sub(r"(\bteach\w*)\b.*", r"\1", text)  # whom one teaches is of another age
     told = _YEARS.search(text)
     if told:
         number = told[1] or told[2]

@@ -53,6 +53,8 @@ COMPATIBLE = [
     ("i am in high school .", "i teach high school ."),
     ("two cats live here .", "zzz ."),
     ("i live in oslo .", "do i live in rome ?"),
+    ("i am sure you will .", "i am not sure yet ."),
+    ("i work at a school .", "i teach third grade ."),
 ]
 
 
