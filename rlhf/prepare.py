@@ -5,7 +5,7 @@
 One process, no GPU. Rows of a file go through reader, quality, near-duplicates, split and the search for leaks across it;
 what is left becomes the files {dialogues,preferences,prompts}_{train,heldout}.jsonl. Beside them stand kept.jsonl (the
 dialogues, uncut), rejected.jsonl (what was left out, and why), statistics.json and statistics.png. The persona world is generated, not filtered; it and the data
-of a card have probes.jsonl too.
+of a card have probes.jsonl too, and its training dialogues without flaws are in references_train.jsonl.
 
 Nothing is drawn but by the seed and every file is written whole, so a stage that was killed and runs again ends in the
 same bytes. It starts anew: 100,000 dialogues of four exchanges take 200 s of a slow core and 1.7 GB, 30,000 take 50 s

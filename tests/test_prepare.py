@@ -189,10 +189,10 @@ def test_the_world_takes_the_place_of_an_earlier_run(tmp_path, data):
         f"{side}_{kind}": 6 for side in ("train", "heldout") for kind in ("dialogues", "pairs", "prompts")
     }
     counts = prepare(PrepareConfig(str(out), "world", probe_characters=2, **sizes))
-    assert sorted(counts["rows"]) == sorted([*FILES, "probes.jsonl"])
+    assert sorted(counts["rows"]) == sorted([*FILES, "probes.jsonl", "references_train.jsonl"])
     assert {counts["rows"][name] for name in FILES} == {6}
     prepare(config(tmp_path, data))
-    assert not (out / "probes.jsonl").exists()
+    assert not (out / "probes.jsonl").exists() and not (out / "references_train.jsonl").exists()
     prepare(PrepareConfig(str(out), "world", probe_characters=2, **sizes))
     assert not (out / "rejected.jsonl").exists()
 
