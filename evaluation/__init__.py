@@ -61,6 +61,28 @@ METRICS: dict[str, Metric] = {
             "that is no copy and contradicts nothing; one number of replies a dialogue; ConvAI2 humans 0.56",
         ),
         Metric(
+            "forced_choice",
+            "share of facts",
+            0,
+            1,
+            True,
+            "fact",
+            "forced_choice.py; length-normalised log-likelihood",
+            "the true statement against one of its slot by another persona, as answers to the direct question; chance 0.5; "
+            "copying from the prompt wins it",
+        ),
+        Metric(
+            "probe_agreement",
+            "share of pairs of probes",
+            0,
+            1,
+            None,
+            "fact",
+            "agreement.py",
+            "pairs of probes about one fact at one turn with the same verdict; always wrong agrees, so read it beside "
+            "run.probe_agreement_by_chance",
+        ),
+        Metric(
             "kl_reference",
             "nats per reply",
             0,

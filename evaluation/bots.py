@@ -43,9 +43,9 @@ def recite_two(row: Row, rng: random.Random) -> str:
 
 def deny(row: Row, rng: random.Random) -> str:
     """Denies the fact that is asked for."""
-    fact = parse_fact(_fact(row, row) or "")
+    fact = parse_fact(fact_of(row, row) or "")
     return (
-        f"no , {fact.deny(fact.value)} ." if fact else f"no , it is not true that {_bare(_fact(row, row) or 'so')} ."
+        f"no , {fact.deny(fact.value)} ." if fact else f"no , it is not true that {_bare(fact_of(row, row) or 'so')} ."
     )
 
 
@@ -69,7 +69,7 @@ def agree(row: Row, rng: random.Random) -> str:
 
 def no_value(row: Row, rng: random.Random) -> str:
     """ "no , <the right fact>", whatever was asked."""
-    return f"no , {_bare(_fact(row, row) or 'i do not know')} ."
+    return f"no , {_bare(fact_of(row, row) or 'i do not know')} ."
 
 
 def other_persona(rows: Sequence[Row]) -> Bot:
@@ -119,7 +119,7 @@ def _from(row: Row, source: Row) -> str:
     """The reply of a bot whose persona is that of `source`."""
     if row["kind"] == "absent":
         return "i would rather not say ." if source is row else _said(source["persona"][:1])
-    fact = _fact(row, source)
+    fact = fact_of(row, source)
     if fact is None:
         return "i do not know ."
     if row["kind"] in ("direct", "forget"):
@@ -129,8 +129,8 @@ def _from(row: Row, source: Row) -> str:
     return f"{'yes' if suggested == told else 'no'} , {_decapitalised(fact)}"
 
 
-def _fact(row: Row, source: Row) -> str | None:
-    """The sentence of the source's persona for the asked slot; None where it has none."""
+def fact_of(row: Row, source: Row) -> str | None:
+    """The sentence of the source's persona for the slot that a probe row asks for; None where it has none."""
     if source is row and row.get("fact"):
         return str(row["fact"])
     value = source["persona_values"].get(row["slot"])

@@ -7,15 +7,17 @@ word and per byte do not, so only these compare across models. A reply's end-of-
 
 import math
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 
 from evaluation.intervals import NUM_RESAMPLES, Interval, Statistic, cluster_bootstrap, ratio
 from rlhf.chat import render_within
 from rlhf.persona import with_persona
+from rlhf.token_logprobs import token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,8 +43,9 @@ def perplexity(nll_sum: float, count: float) -> float:
     """
     if count <= 0:
         raise ValueError(f"`count` = {count}: perplexity needs at least one scored unit.")
-    # Beyond the range of a double the answer is infinite, and says so.
-    return math.exp(nll_sum / count) if nll_sum / count < 709 else math.inf
+    nats = nll_sum / count
+    # Beyond the range of a double the answer is infinite, and says so; a bound that is not there (NaN) stays so.
+    return math.inf if nats >= 709 else math.exp(nats)
 
 
 def bits_per_byte(nll_sum: float, num_bytes: float) -> float:
@@ -207,9 +210,8 @@ def reply_nll(
 ) -> list[float]:
     """Sum of -log p(token | everything before it) over the masked tokens of each row, in nats, in the order given.
 
-    Batches are right-padded with an attention mask and made of rows of like length. Log-probabilities are taken in
-    float32 at the masked positions alone, one row at a time, so that no log-softmax of the batch is ever held. The last
-    token of a row is scored and not read.
+    Batches are right-padded with an attention mask and made of rows of like length. Log-probabilities are those of
+    `rlhf.token_logprobs`: in float32, at the masked positions alone. The last token of a row is scored and not read.
 
     Args:
         model: causal language model; it is put in evaluation mode and left in the mode it had.
@@ -230,28 +232,46 @@ def reply_nll(
     was_training = model.training
     model.eval()
     try:
+        read, head = _states_and_head(model)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            width = len(rows_ids[batch[0]]) - 1
-            input_ids = torch.zeros(len(batch), width, dtype=torch.long)
-            attention_mask = torch.zeros_like(input_ids)
-            for row, index in enumerate(batch):
-                length = len(rows_ids[index]) - 1
-                input_ids[row, :length] = torch.tensor(rows_ids[index][:-1])
-                attention_mask[row, :length] = 1
-            input_ids = input_ids.to(model.device)
-            logits = model(
-                input_ids=input_ids, attention_mask=attention_mask.to(model.device), use_cache=False
-            ).logits  # (batch, width, vocab)
-            for row, index in enumerate(batch):
-                positions = torch.tensor(rows_masks[index]).nonzero()[:, 0].to(model.device)
-                scores = logits[row, positions - 1].float()  # the logits at t - 1 predict the token at t
-                targets = torch.tensor(rows_ids[index], device=model.device)[positions]
-                chosen = scores.gather(1, targets[:, None])[:, 0]
-                sums[index] = (torch.logsumexp(scores, dim=1) - chosen).double().sum().item()
+            width = len(rows_ids[batch[0]])
+            ids, read_mask, scored = (
+                torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device)
+                for rows in (
+                    [rows_ids[i] for i in batch],
+                    [[1] * (len(rows_ids[i]) - 1) for i in batch],
+                    [rows_masks[i] for i in batch],
+                )
+            )
+            states = read(input_ids=ids[:, :-1], attention_mask=read_mask[:, :-1], use_cache=False)
+            logprobs, _ = token_logprobs(states, head, ids[:, 1:], scored[:, 1:])
+            sums[batch] = -logprobs.double().sum(dim=1).cpu().numpy()
     finally:
         model.train(was_training)
     return sums.tolist()
+
+
+def _states_and_head(model: "PreTrainedModel") -> tuple[Callable[..., torch.Tensor], torch.nn.Module]:
+    """What reads ids into states `(batch, length, hidden)`, and the layer that makes logits of these.
+
+    Some families do more to their logits than their output layer does (Gemma 2 caps them, Cohere scales them). Of such
+    a model the logits themselves are the states.
+    """
+    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = causal.get_output_embeddings()
+
+    def states(**inputs: Any) -> torch.Tensor:
+        return causal.base_model(**inputs).last_hidden_state
+
+    def logits(**inputs: Any) -> torch.Tensor:
+        return causal(**inputs).logits
+
+    token = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    plain = torch.allclose(
+        head(states(input_ids=token)).float(), logits(input_ids=token).float(), rtol=1e-4, atol=1e-4
+    )
+    return (states, head) if plain else (logits, torch.nn.Identity())
 
 
 def _check_rows(rows_ids: Sequence[Sequence[int]], rows_masks: Sequence[Sequence[int]], context: int | None) -> None:

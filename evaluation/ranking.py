@@ -9,6 +9,7 @@ import torch
 from rlhf.chat import render_within, reply_ids
 from rlhf.generate import inference
 from rlhf.persona import with_persona
+from rlhf.token_logprobs import token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,30 +23,14 @@ def first_place(nats_per_token: Sequence[float], gold: int) -> float:
     return float(nats_per_token[gold] == best) / sum(nats == best for nats in nats_per_token)
 
 
-def candidate_hits(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    dialogues: Sequence[Mapping[str, Any]],
-    max_length: int,
-    max_replies: int | None = None,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
-    """Rank the candidates of each reply by their mean log-probability a token, end of turn included.
-
-    ConvAI2 gives 20 candidates, the reply and 19 of other dialogues, so that chance is 5 %. The mean is taken because
-    the sum would favour short candidates. Candidates with the same text are one. The prompt is read once for all
-    candidates of a reply, since it is most of what there is to read.
-
-    Source: Dinan et al. 2019, hits@1/20 of ConvAI2.
+def to_rank(
+    dialogues: Sequence[Mapping[str, Any]], max_replies: int | None = None, seed: int = 0
+) -> list[tuple[Mapping[str, Any], int]]:
+    """The replies that can be ranked, as (row, turn), in the order of the dialogues.
 
     Args:
         dialogues: rows with `persona`, `messages` and `candidates`: a list as long as `messages`, None or texts.
-        max_length: tokens; older turns are dropped for all candidates alike.
-        max_replies: replies that are ranked, drawn by the seed; None for all.
-
-    Returns:
-        For each ranked reply `{"persona", "dialogue_id", "turn", "candidates", "hit"}`, in the order of the dialogues;
-        `candidates` is their number, and `hit` is from [`first_place`].
+        max_replies: how many, drawn by the seed; None for all.
     """
     asked = [
         (row, turn)
@@ -56,11 +41,36 @@ def candidate_hits(
     if max_replies is not None and max_replies < len(asked):
         kept = sorted(random.Random(seed).sample(range(len(asked)), max_replies))
         asked = [asked[index] for index in kept]
+    return asked
+
+
+def candidate_hits(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    asked: Sequence[tuple[Mapping[str, Any], int]],
+    max_length: int,
+) -> list[dict[str, Any]]:
+    """Rank the candidates of each reply by their mean log-probability a token, end of turn included.
+
+    ConvAI2 gives 20 candidates, the reply and 19 of other dialogues, so that chance is 5 %. The mean is taken because
+    the sum would favour short candidates. Candidates with the same text are one. The prompt is read once for all
+    candidates of a reply, since it is most of what there is to read.
+
+    Source: Dinan et al. 2019, hits@1/20 of ConvAI2.
+
+    Args:
+        asked: of [`to_rank`].
+        max_length: tokens; older turns are dropped for all candidates alike.
+
+    Returns:
+        For each reply `{"persona", "dialogue_id", "turn", "candidates", "hit"}`; `candidates` is their number, and
+        `hit` is from [`first_place`].
+    """
     found = []
     with inference(model):
         for row, turn in asked:
             choices = list(dict.fromkeys([row["messages"][turn]["content"], *row["candidates"][turn]]))
-            nats = mean_nats(model, *_candidate_ids(row, turn, choices, tokenizer, max_length))
+            nats = mean_nats(model, *candidate_ids(row, turn, choices, tokenizer, max_length))
             found.append(
                 {
                     "persona": row["persona"],
@@ -90,15 +100,15 @@ def mean_nats(model: "PreTrainedModel", prompt: Sequence[int], replies: Sequence
             use_cache=True,
         ).logits
         logits = torch.cat([logits, rest], dim=1)
-    means = []
-    for row, reply in enumerate(replies):
-        scores, ids = logits[row, : len(reply)].float(), torch.tensor(list(reply), device=model.device)
-        chosen = scores.gather(1, ids[:, None])[:, 0]
-        means.append((torch.logsumexp(scores, dim=1) - chosen).double().mean().item())
-    return means
+    ids, scored = (
+        torch.tensor([[*row, *[0] * (width + 1 - len(row))] for row in rows], device=model.device)
+        for rows in (replies, [[1] * len(reply) for reply in replies])
+    )
+    logprobs, _ = token_logprobs(logits, torch.nn.Identity(), ids, scored)
+    return (-logprobs.double().sum(dim=1) / scored.sum(dim=1)).tolist()
 
 
-def _candidate_ids(
+def candidate_ids(
     row: Mapping[str, Any],
     turn: int,
     choices: Sequence[str],

@@ -505,8 +505,10 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> Any:
 
 def _check_given(field: dataclasses.Field, hint: Any, given: _Given) -> Any:
     if given.folder is not None:
-        checked = _check(field, hint, given.value)
-        return _resolve(field, checked, given.folder) if isinstance(checked, str) else checked
+        checked, folder = _check(field, hint, given.value), given.folder
+        if isinstance(checked, dict):
+            return {k: _resolve(field, v, folder) if isinstance(v, str) else v for k, v in checked.items()}
+        return _resolve(field, checked, folder) if isinstance(checked, str) else checked
     try:
         return _check(field, hint, yaml.load(given.value, Loader=_Loader))
     except (ValueError, yaml.YAMLError) as error:

@@ -254,17 +254,24 @@ def movable(configs: Sequence[Any], folder: Path) -> list[Any]:
     """Copies of the configurations with paths relative to `folder`, as a file that lies there is read.
 
     So a folder says the same wherever its checkout lies and whatever the current directory was. `output_dir`, which
-    `rlhf.config` takes relative to the current directory, and paths inside of mappings stay.
+    `rlhf.config` takes relative to the current directory, stays.
     """
+
+    def moved(value: Any, is_path: bool) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(item, is_path) for key, item in value.items()}
+        if isinstance(value, str) and (
+            value.startswith(("/", "./", "../", "runs/")) or (is_path and Path(value).exists())
+        ):
+            return relative_to(value, folder)
+        return value
+
     copies = [copy.copy(config) for config in configs]
     for config in copies:
         for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            if not isinstance(value, str) or field.name == "output_dir":
-                continue
-            is_path = field.name in (*PATHS, "model_name_or_path") or bool(field.metadata.get("path"))
-            if value.startswith(("/", "./", "../", "runs/")) or (is_path and Path(value).exists()):
-                setattr(config, field.name, relative_to(value, folder))
+            if field.name != "output_dir":
+                is_path = field.name in (*PATHS, "model_name_or_path") or bool(field.metadata.get("path"))
+                setattr(config, field.name, moved(getattr(config, field.name), is_path))
     return copies
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from trl import ModelConfig
 
-from evaluation.ranking import _candidate_ids, candidate_hits, first_place, mean_nats
+from evaluation.ranking import candidate_hits, candidate_ids, first_place, mean_nats, to_rank
 from rlhf.chat import render
 from rlhf.model import load_base, load_tokenizer
 from rlhf.persona import with_persona
@@ -56,32 +56,32 @@ def test_hits_are_the_direct_ranking(loaded):
             start = len(prompt["input_ids"])
             mask = [0] * start + rendered["assistant_mask"][start:]
             found[choice] = directly(model, rendered["input_ids"], mask)
-            ids, replies = _candidate_ids(DIALOGUE, turn, [choice], tokenizer, 512)
+            ids, replies = candidate_ids(DIALOGUE, turn, [choice], tokenizer, 512)
             whole = ids + replies[0]
             assert whole == rendered["input_ids"][: len(whole)] and sum(mask) == len(replies[0])
-        prompt, replies = _candidate_ids(DIALOGUE, turn, CHOICES, tokenizer, 512)
+        prompt, replies = candidate_ids(DIALOGUE, turn, CHOICES, tokenizer, 512)
         with torch.no_grad():
             assert mean_nats(model, prompt, replies) == pytest.approx(list(found.values()), rel=1e-5)  # float32
             assert mean_nats(model, prompt, [replies[0][:1]]) == pytest.approx(
                 [directly(model, prompt + replies[0][:1], [0] * len(prompt) + [1])], rel=1e-5
             )  # a single token needs no second pass
         expected.append(float(min(found, key=found.get) == gold))
-    hits = candidate_hits(model, tokenizer, [DIALOGUE], 512)
+    hits = candidate_hits(model, tokenizer, to_rank([DIALOGUE]), 512)
     assert [hit["hit"] for hit in hits] == expected
     assert [(hit["turn"], hit["candidates"], hit["dialogue_id"]) for hit in hits] == [(1, 4, "d1"), (3, 4, "d1")]
     # the likeliest choice made the gold one is a hit, whatever its place in the list
     best = min(found, key=found.get)
     changed = [*DIALOGUE["messages"][:3], {"role": "assistant", "content": best}]
     row = {**DIALOGUE, "messages": changed, "candidates": [None, None, None, CHOICES]}
-    assert [hit["hit"] for hit in candidate_hits(model, tokenizer, [row], 512)] == [1.0]
+    assert [hit["hit"] for hit in candidate_hits(model, tokenizer, to_rank([row]), 512)] == [1.0]
 
 
-def test_limits_and_rows_without_candidates(loaded):
-    model, tokenizer = loaded
+def test_limits_and_rows_without_candidates():
     rows = [{**DIALOGUE, "dialogue_id": str(i)} for i in range(5)]
-    some = candidate_hits(model, tokenizer, rows, 512, max_replies=3, seed=1)
-    assert len(some) == 3 and some == candidate_hits(model, tokenizer, rows, 512, max_replies=3, seed=1)
+    some = to_rank(rows, max_replies=3, seed=1)
+    assert len(some) == 3 and some == to_rank(rows, max_replies=3, seed=1)
+    assert len(to_rank(rows)) == 10 and all(asked in to_rank(rows) for asked in some)
     plain = {key: value for key, value in DIALOGUE.items() if key != "candidates"}
-    assert candidate_hits(model, tokenizer, [plain], 512) == []
+    assert to_rank([plain]) == []
     alone = {**DIALOGUE, "candidates": [None, ["i have a dog ."], None, None]}
-    assert candidate_hits(model, tokenizer, [alone], 512) == []  # one candidate is no choice
+    assert to_rank([alone]) == []  # one candidate is no choice

@@ -22,19 +22,20 @@ from rlhf.record import RunError, read_record
 KEYS = {"max_new_tokens": 8, "max_length": 256, "distinct_tokens": 20, "batch_size": 4, "seed": 1}
 
 
-def evaluate(folder, dataset, model, systems, **keys):
+def evaluate(folder, dataset, model, systems, bots=(), **keys):
     values = {**KEYS, "dataset": dataset, "output_dir": folder, "model_name_or_path": model, **keys}
-    argv = [f"--{key}={value}" for key, value in values.items()] + ["--systems", json.dumps(systems)]
+    argv = [f"--{key}={value}" for key, value in values.items()]
+    argv += ["--systems", json.dumps(systems), "--bots", json.dumps(bots)]
     main(*parse(config_classes("evaluate"), argv, "evaluate"))
-    return {name: json.loads((folder / name / "results.json").read_text()) for name in systems}
+    return {name: json.loads((folder / name / "results.json").read_text()) for name in [*systems, *bots]}
 
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_llama, dataset, sft_run, ppo_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated") / "evaluate"
-    systems = {"base": None, "sft": str(sft_run.folder), "ppo": str(ppo_run.folder), "oracle": None,
-               "wrong_persona": None, "silence": None, "agree": None, "recite_all": None}  # fmt: skip
-    return folder, evaluate(folder, dataset, tiny_llama, systems)
+    systems = {"base": None, "sft": str(sft_run.folder), "ppo": str(ppo_run.folder)}
+    bots = ["oracle", "wrong_persona", "silence", "agree", "recite_all"]
+    return folder, evaluate(folder, dataset, tiny_llama, systems, bots)
 
 
 def value(results, system, metric):
@@ -133,9 +134,7 @@ def test_data_without_probes(tiny_llama, dataset, tmp_path):
     (data / "probes.jsonl").unlink()
     write_json(data / "metadata.json", read_record(data) | {"result_hash": folder_hash(data)})
     # Three characters with a pet and a food; their dialogues are too short for a probe after three exchanges.
-    results = evaluate(
-        tmp_path / "some", data, tiny_llama, {"base": None, "oracle": None, "agree": None}, max_dialogues=3
-    )
+    results = evaluate(tmp_path / "some", data, tiny_llama, {"base": None}, ["oracle", "agree"], max_dialogues=3)
     assert value(results, "oracle", "persona_consistency") == 1 and value(results, "agree", "persona_consistency") == 0
     assert results["base"]["metrics"]["persona_consistency"]["n"] == 6 * 2  # in seen and in held-out wordings
     coverage = results["base"]["run"]["probe_coverage"]
@@ -143,7 +142,7 @@ def test_data_without_probes(tiny_llama, dataset, tmp_path):
     rows = read_jsonl(data / "dialogues_heldout.jsonl")
     write_jsonl(data / "dialogues_heldout.jsonl", ({**row, "persona": ["zzz ."]} for row in rows))
     write_json(data / "metadata.json", read_record(data) | {"result_hash": folder_hash(data)})
-    results = evaluate(tmp_path / "none", data, tiny_llama, {"base": None, "oracle": None}, max_dialogues=3)
+    results = evaluate(tmp_path / "none", data, tiny_llama, {"base": None}, ["oracle"], max_dialogues=3)
     for name in ("base", "oracle"):
         assert "persona_consistency" not in results[name]["metrics"] and results[name]["breakdown"] == []
         reason = "no fact of the held-out personas can be probed"
@@ -174,8 +173,8 @@ def test_candidates_and_a_judge(tiny_llama, dataset, sft_run, tmp_path):
     tokenizer.save_pretrained(judge)
 
     folder = tmp_path / "evaluate"
-    systems = {"base": None, "sft": str(sft_run.folder), "oracle": None, "silence": None}
-    results = evaluate(folder, data, tiny_llama, systems, nli_model=judge, max_ranked=8)
+    systems = {"base": None, "sft": str(sft_run.folder)}
+    results = evaluate(folder, data, tiny_llama, systems, ["oracle", "silence"], nli_model=judge, max_ranked=8)
     assert results["sft"]["metrics"]["hits_at_1"]["n"] == 8
     hits = results["base"]["metrics"]["hits_at_1"]
     assert hits["n"] == 8 and results["base"]["run"]["candidates"] == [3]
@@ -234,5 +233,7 @@ def test_kl_is_estimated_on_all_kinds_and_turns():
 
 
 def test_a_name_without_adapter_is_refused():
-    with pytest.raises(ValueError, match="orcale has no adapter"):
-        EvaluateConfig(dataset="x", output_dir="y", systems={"base": None, "orcale": None})
+    with pytest.raises(ValueError, match="oracle has no adapter; .* rules go into `bots`"):
+        EvaluateConfig(dataset="x", output_dir="y", systems={"base": None, "oracle": None})
+    with pytest.raises(ValueError, match="silence is the name of a rule"):
+        EvaluateConfig(dataset="x", output_dir="y", systems={"silence": "runs/x/sft"})
