@@ -60,8 +60,7 @@ def run_seed(root: Path, seed: int) -> None:
         run_step(step)
     for name, stage, changes in CONTROLS:
         run_step(variant(by_stage[stage], root / name, {k: v.format(root=root) for k, v in changes.items()}))
-    adapters = {name: None if name == "base" else str(root / name) for name in SYSTEMS}
-    systems = json.dumps({**adapters, "oracle": None, "wrong_persona": None, "silence": None})
+    systems = json.dumps({name: None if name == "base" else str(root / name) for name in SYSTEMS})
     run_step(variant(evaluate, root / "evaluate", {"systems": systems, "max_personas": "500", "max_facts": "1"}))
     write_report([root], root / "report")
 

@@ -26,6 +26,9 @@ Row = dict[str, Any]
 def choices_of(probes: Sequence[Mapping[str, Any]], seed: int = 0) -> list[Row]:
     """The choice at each direct question: its true statement, and one of somebody else, drawn by the seed and the fact.
 
+    Only questions at the first turn are taken: what comes before the others costs more than all the rest to read, and
+    drift is what probes measure.
+
     The other statement is that of another probed persona with a value that the probe knows to be another (it is among
     its `slot_values`). Where there is none, as with a single persona, it is the true one with such a value in its place.
     A fact that neither fits is left out.
@@ -37,10 +40,11 @@ def choices_of(probes: Sequence[Mapping[str, Any]], seed: int = 0) -> list[Row]:
     for row in probes:
         if statement := fact_of(row, row):
             said[_slot(row)].setdefault(row["value"], statement)
+    first = min((row["turn"] for row in probes), default=0)
     choices = []
     for row in probes:
         statement = fact_of(row, row)
-        if row["kind"] != "direct" or statement is None:
+        if row["kind"] != "direct" or row["turn"] != first or statement is None:
             continue
         own = {*row["persona_values"].values(), row["value"]}
         others = [value for value in dict.fromkeys(row["slot_values"]) if value not in own]

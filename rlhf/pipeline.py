@@ -229,6 +229,8 @@ def _state(step: Step) -> tuple[str | None, str | None]:
         return None, None
     if record["status"] == "done":
         return f"{ANEW}: its files are not those it made", None
+    if any(step.folder.glob("*/settings.json")):
+        return "goes on: it was interrupted, and finished systems and batches stay", None
     if (step.folder / "checkpoint.pt").is_file():
         return "goes on from checkpoint.pt: it was interrupted", None
     checkpoint, damaged = _last_whole_checkpoint(step.folder)
@@ -315,15 +317,18 @@ def _set_aside(folder: Path) -> str:
 
 def _start(step: Step, resume: str | None) -> None:
     argv = [*step.argv, *([f"--resume_from_checkpoint={resume}"] if resume else [])]
-    if not torch.cuda.is_available() or step.stage in ("prepare", "base", "pairs", "evaluate"):
+    gpus = num_gpus(values_of(step.configs))
+    single = step.stage in ("prepare", "base", "pairs") or (step.stage == "evaluate" and gpus == 1)
+    if single or not torch.cuda.is_available():
         module = importlib.import_module(MODULES[step.stage])
         module.main(*parse(config_classes(step.stage), argv, step.stage))
         return
-    gpus = num_gpus(values_of(step.configs))
-    script = Path(importlib.import_module(MODULES[step.stage]).__file__ or "")
+    script = [importlib.import_module(MODULES[step.stage]).__file__ or ""]
+    if step.stage == "evaluate":
+        script = ["--module", "evaluation", "run"]
     kind = ["--multi_gpu"] if gpus > 1 else []
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *kind, "--num_processes", str(gpus)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(script), *argv]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *script, *argv]
     logger.info("%s", " ".join(command))
     if subprocess.run(command, check=False).returncode:
         raise RunError(f"The stage {step.stage!r} failed; see {step.folder / 'training.log'}.")

@@ -52,7 +52,7 @@ def recipe(tiny_llama, tmp_path_factory):
         "dpo": {**TRAINING, "sft_adapter": f"{runs}/sft"},
         "ppo": {**TRAINING, "sft_adapter": f"{runs}/sft", "reward_adapter": f"{runs}/reward", "total_episodes": 8,
                 "num_ppo_epochs": 2, "response_length": 6},
-        "evaluate": {"systems": {"sft": f"{runs}/sft", "ppo": f"{runs}/ppo", "oracle": None}, "max_new_tokens": 6,
+        "evaluate": {"systems": {"sft": f"{runs}/sft", "ppo": f"{runs}/ppo"}, "bots": ["oracle"], "max_new_tokens": 6,
                      "max_length": 256, "distinct_tokens": 10},
         "tiny": {"sft": {"max_steps": 2}},
     }  # fmt: skip
@@ -240,7 +240,7 @@ def test_done_wherever_it_is_called_from_and_lies(recipe, tiny_llama, tmp_path, 
         ("recipe", "model_name_or_path", "./base"),
         ("evaluate_shared", "model_name_or_path", "./base"),
         ("prepare", "path", "mine.jsonl"),
-        ("evaluate", "systems", {"sft": "runs/small/sft", "oracle": None}),
+        ("evaluate", "systems", {"sft": "runs/small/sft"}),
     ):
         path = checkout / "recipes" / "small" / f"{name}.yaml"
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), key: value}))
