@@ -109,9 +109,7 @@ def verdicts(systems: dict[str, System]) -> dict[str, bool]:
             found[f"{name}: inside SFT's interval, {decoding}"] = low["sft"] <= value[name] <= high["sft"]
     for name in ("dpo", "ppo", "ppo_rule"):
         checks = guards(systems[name], list(systems.values()))
-        found[f"{name}: within the guards of the report"] = all(
-            passed for _, _, passed in checks
-        )
+        found[f"{name}: within the guards of the report"] = all(passed for _, _, passed in checks)
     return found
 
 

@@ -30,6 +30,7 @@ def make_certificate(lead: dict[str, Any] | None, systems: list[System], stages:
         [Cell("Tested"), Cell(_tested(system, lead))],
         [Cell("95 % lower bounds"), Cell(_bounds({"all": system.metrics[HEADLINE]}))],
         *([Cell(f"… at {name}"), Cell(_bounds(found))] for name, found in parts.items() if any(found.values())),
+        *([Cell("Beside the probes"), Cell(text)] for text in [_beside(system)] if text),
         [Cell("Guards"), _guards(system, systems)],
         [Cell("Ladder"), _ladder(own_run)],
         [Cell("Made"), Cell(_made(system, stages))],
@@ -56,6 +57,18 @@ def _bounds(scores: dict[str, Score | None]) -> str:
         return f"{bound} (of {percent(score)}{'' if score.n is None else f', n {score.n:,}'})"
 
     return "; ".join(f"{name} {told(score)}" for name, score in scores.items() if score)
+
+
+def _beside(system: System) -> str:
+    agreement, choice = system.metrics.get("probe_agreement"), system.metrics.get("forced_choice")
+    chance = system.record.get("probe_agreement_by_chance")
+    parts = []
+    if agreement:
+        independent = f" (independent ones: {100 * chance:.1f} %)" if isinstance(chance, float) else ""
+        parts.append(f"{percent(agreement)} of the pairs of probes about a fact have one verdict{independent}")
+    if choice:
+        parts.append(f"forced choice {percent(choice)}, interval {percent_interval(choice)}, chance 50 %")
+    return "; ".join(parts)
 
 
 def _guards(system: System, systems: list[System]) -> Cell:
@@ -114,7 +127,7 @@ def untested(systems: list[System], stages: list[Stage], compared: bool) -> list
     """What a reader could think was shown and was not, as far as the records tell."""
     kept = [
         "No person rated a reply. Rules on words decide right and wrong; an answer in unforeseen words counts as wrong.",
-        "Probes ask for single facts of a persona. Style, safety, other languages and open conversation were not measured.",
+        "Probes ask for single facts of a persona. Safety, other languages and conversations with people were not measured.",
         "No published number is ranked beside these: data, tokenisation and metric definitions differ.",
     ]
     if not compared:
@@ -137,8 +150,11 @@ def untested(systems: list[System], stages: list[Stage], compared: bool) -> list
             kept.append(f"No probes by {key}: {', '.join(absent)}.")
     turns = [row["turn"] for row in parts if isinstance(row.get("turn"), int)]
     kept.append(f"Nothing was asked after more than {max(turns)} exchanges." if turns else "No multi-turn probes.")
-    if systems and not any(system.name in ATTACKS for system in systems):
+    untried = [name for name in ATTACKS if name not in {system.name for system in systems}]
+    if systems and len(untried) == len(ATTACKS):
         kept.append("No attack was tried on the probes: the ladder has floor and ceiling alone.")
+    elif systems and untried:
+        kept.append(f"Attacks that were not tried on the probes: {', '.join(untried)}.")
     if not any(stage.metadata.get("hardware", {}).get("gpus") for stage in stages):
         kept.append("No stage records a GPU: time, memory and half precision on one are not shown.")
     measured = {metric for system in systems for metric in system.metrics}

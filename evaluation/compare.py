@@ -105,18 +105,29 @@ def likelihood_items(rows: Sequence[Row]) -> dict[str, Items]:
     return items
 
 
+def choice_items(rows: Sequence[Row]) -> dict[str, Items]:
+    """Items of `forced_choice`, from the rows of `choices.jsonl`: a fact in a wording."""
+    if not rows:
+        return {}
+    facts = [(row["persona_id"], row["fact_id"], row["turn"], row["split"], row["question"]) for row in rows]
+    unit = 0 if len({fact[0] for fact in facts}) > 1 else 1
+    right = with_ones([row["right"] for row in rows])
+    return {"forced_choice": _averaged(facts, [fact[unit] for fact in facts], right, ratio)}
+
+
 def system_items(folder: str | Path, seed: int = 0) -> dict[str, Items]:
-    """All items of an evaluated system, from `replies.jsonl` and `likelihoods.jsonl` of `evaluate/<system>/`.
+    """All items of an evaluated system, from the files replies, likelihoods and choices of `evaluate/<system>/`.
 
     Raises:
         FileNotFoundError: if there is no `replies.jsonl`; rule systems have no likelihoods.
     """
     rows = read_jsonl(Path(folder) / "replies.jsonl")
     spoken = [row for row in rows if row.get("correct") is None]
-    scored = Path(folder) / "likelihoods.jsonl"
+    scored, chosen = Path(folder) / "likelihoods.jsonl", Path(folder) / "choices.jsonl"
     return {
         **fact_items(rows),
         **(reply_items(spoken, seed, _human(Path(folder) / "results.json")) if spoken else {}),
+        **choice_items(read_jsonl(chosen) if chosen.is_file() else []),
         **likelihood_items(read_jsonl(scored) if scored.is_file() else []),
     }
 

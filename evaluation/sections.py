@@ -32,8 +32,9 @@ from evaluation.results import ANCHORS, APART, HEADLINE, Score, Stage, System, f
 # Rows of "All metrics", for reading; a metric that is in no group comes last.
 GROUPS = {
     "Persona": (
-        HEADLINE, f"{HEADLINE}_sampled", "persona_composite", "contradiction_free_rate", "grounded_coverage", "kl_reference", "c_score",
-        "verbatim_facts", "persona_lift", "fact_density", "persona_precision", "persona_recall", "persona_f1", "copy_rate",
+        HEADLINE, f"{HEADLINE}_sampled", "forced_choice", "probe_agreement", "persona_composite", "contradiction_free_rate",
+        "grounded_coverage", "kl_reference", "c_score", "verbatim_facts", "persona_lift", "fact_density",
+        "persona_precision", "persona_recall", "persona_f1", "copy_rate",
         "keyword_score",
     ),
     "Likelihood and ranking": ("perplexity_token", "perplexity_word", "bits_per_byte", "hits_at_1"),
@@ -117,7 +118,34 @@ def _kinds(systems: list[System]) -> Section:
     notes = [note]
     if any(row["metric"] == APART for system in systems for row, _ in system.breakdown):
         notes.append("Absent facts and “forget your persona” are apart from the headline.")
-    return _told("Consistency by kind of probe", notes, charts, _parts(systems, columns))
+    beside = _beside_probes(systems)
+    if beside:
+        notes.append(
+            "One verdict: share of pairs of probes about a fact, at one turn, that are both right or both wrong, and what "
+            "independent verdicts of the same rates would have; far above that a fact is kept or lost as a whole. "
+            "Forced choice: the fact is likelier as the answer to its question than somebody else's; chance is 50 %, and a "
+            "model that copies from its prompt passes."
+        )
+    return _told("Consistency by kind of probe", notes, charts, [*_parts(systems, columns), *beside])
+
+
+def _beside_probes(systems: list[System]) -> list[Table]:
+    """What is measured on the facts that were probed, and does not count for the headline; a table or none."""
+    rows = []
+    for system in systems:
+        agreement, choice = system.metrics.get("probe_agreement"), system.metrics.get("forced_choice")
+        if agreement or choice:
+            chance = finite(system.record.get("probe_agreement_by_chance"))
+            rows.append(
+                [
+                    Cell(system.label),
+                    share_cell(agreement, with_n=True),
+                    Cell("–" if chance is None or not agreement else f"{100 * chance:.1f} %"),
+                    share_cell(choice, with_n=True),
+                ]
+            )
+    heads = ["System", "One verdict", "… if independent", "Forced choice"]
+    return [Table(heads, rows, "Beside the probes: agreement and likelihood")] if rows else []
 
 
 def _turns(systems: list[System]) -> Section:

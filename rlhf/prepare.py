@@ -190,7 +190,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     else:
         train, heldout, between = _sides(config, rejected, counts)
         alone = len(set(characters([*train, *heldout]))) == 1
-        made = {}
+        made: dict[str, list[Row]] = {}
         for side, rows in zip(SIDES, (train, heldout), strict=True):
             # Few characters are held out, and have few values to exchange; those of training are no secret.
             lenders = made.get("dialogues_train.jsonl", [])

@@ -75,7 +75,11 @@ def check_stage(stage: str, words: list[str]) -> None:
 def check_launch(words: list[str]) -> None:
     arguments = launch_command_parser().parse_args(words)
     assert arguments.config_file is None or (ROOT / arguments.config_file).is_file()
-    check_stage(SCRIPTS[arguments.training_script], arguments.training_script_args)
+    if arguments.module:
+        assert arguments.training_script == "evaluation"
+        check_evaluation(arguments.training_script_args)
+    else:
+        check_stage(SCRIPTS[arguments.training_script], arguments.training_script_args)
 
 
 def check_evaluation(words: list[str]) -> None:
@@ -142,6 +146,7 @@ def test_command_is_accepted(command, monkeypatch):
         "python rlhf/prepare.py --config recipes/demo/prepare.yaml --seeed 1",
         "python -m evaluation scores replies.jsonl --output results.json",
         "python -m evaluation run --config recipes/demo/evaluate.yaml --systemss a",
+        "accelerate launch --module evaluations run --config recipes/demo/evaluate.yaml",
         "curl example.org",
     ],
 )

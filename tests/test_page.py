@@ -81,11 +81,11 @@ class Browser:
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
-        self.call("Page.navigate", url="about:blank")
-        self.events.clear()
-        self.call("Page.navigate", url=page.as_uri())
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            self.receive()
+        for url in ("about:blank", page.as_uri()):  # the blank page's end too, or it would be taken for the page's
+            self.events.clear()
+            self.call("Page.navigate", url=url)
+            while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+                self.receive()
         found = self.evaluate(
             "new Promise(done => setTimeout(() => done({"  # a moment for what comes after the load
             "width: document.documentElement.scrollWidth,"

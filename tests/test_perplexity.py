@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from evaluation.perplexity import (
     bits_per_byte,
@@ -28,7 +35,7 @@ def test_units_by_hand():
     assert count_words("i have\ta  dog .") == 5
     assert count_words("no\n") == 2  # the empty piece behind the line end counts, as in lm-evaluation-harness
     assert count_bytes("é ☃") == 6
-    assert perplexity(1e6, 1) == math.inf
+    assert perplexity(1e6, 1) == math.inf and math.isnan(perplexity(math.nan, 1))
     with pytest.raises(ValueError, match="`count` = 0"):
         perplexity(1.0, 0)
     with pytest.raises(ValueError, match="`num_bytes` = 0"):
@@ -65,9 +72,21 @@ ROWS = [[1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16], [3, 3]]
 MASKS = [[0, 0, 1, 1, 1], [0, 1, 0], [0, 0, 0, 1, 0, 0, 1, 1], [0, 1]]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_reply_nll_is_the_direct_sum(model, batch_size):
-    expected = []
+@pytest.fixture(scope="module")
+def capped():
+    """A model that does more to its logits than its output layer: it caps them."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=23, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=16, final_logit_softcapping=0.02,
+        initializer_range=1.0,
+    )  # fmt: skip
+    return Gemma2ForCausalLM(config)
+
+
+@pytest.mark.parametrize(("name", "batch_size"), [("model", 1), ("model", 3), ("model", 8), ("capped", 3)])
+def test_reply_nll_is_the_direct_sum(name, batch_size, request):
+    model, expected = request.getfixturevalue(name), []
     with torch.no_grad():
         model.eval()
         for ids, mask in zip(ROWS, MASKS, strict=True):

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from evaluation.bots import other_persona
+from evaluation.bots import DEGENERATE, other_persona
 from evaluation.compare import compare, system_items
+from evaluation.intervals import Interval
 from evaluation.perplexity import reply_nll
-from evaluation.run import EvaluateConfig, _kl_rows, main
+from evaluation.run import EvaluateConfig, _add, _bots, _kl_rows, main
 from rlhf.config import parse
-from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
+from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl, write_text
+from rlhf.generate import generate_several
 from rlhf.pipeline import config_classes
 from rlhf.record import RunError, read_record
 
@@ -126,6 +129,90 @@ def test_a_system_does_not_depend_on_the_others(evaluated, tiny_llama, dataset, 
     evaluate(tmp_path / "alone", dataset, tiny_llama, {"sft": str(sft_run.folder)})
     rows, alone = (read_jsonl(path / "sft" / "replies.jsonl") for path in (folder, tmp_path / "alone"))
     assert rows == alone
+
+
+@pytest.mark.parametrize("written", [2, 14])
+def test_what_broke_off_goes_on(written, evaluated, tiny_llama, dataset, sft_run, tmp_path, monkeypatch):
+    """Nothing that was written is made again, and the files are those of an evaluation that nobody disturbed."""
+    folder, _ = evaluated
+    systems, replied, left = {"sft": str(sft_run.folder)}, [], [written]
+
+    def counted(model, tokenizer, conversations, *more):
+        replied.append(len(conversations))
+        return generate_several(model, tokenizer, conversations, *more)
+
+    def broken(path, text):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        write_text(path, text)
+
+    monkeypatch.setattr("evaluation.run.generate_several", counted)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("evaluation.batches.write_text", broken)
+        evaluate(tmp_path / "evaluate", dataset, tiny_llama, systems, ["silence"])
+    lost = replied[-1]  # the batch that was computed and not written
+    results = evaluate(tmp_path / "evaluate", dataset, tiny_llama, systems, ["silence"])
+    assert sum(replied) == 9 + 2 * 27 + lost
+    evaluate(tmp_path / "evaluate", dataset, tiny_llama, systems, ["silence"])
+    assert sum(replied) == 9 + 2 * 27 + lost  # a finished system is not asked again
+    for name in ("sft", "silence"):
+        for file in ("replies.jsonl", "choices.jsonl", "likelihoods.jsonl"):
+            if name == "sft" or file == "replies.jsonl":
+                assert (tmp_path / "evaluate" / name / file).read_bytes() == (folder / name / file).read_bytes()
+        undisturbed = json.loads((folder / name / "results.json").read_text())
+        for found in (results[name], undisturbed):
+            for key in ("date", "adapter", "base", "config"):  # the paths are seen from another folder
+                del found["run"][key]
+        assert results[name] == undisturbed
+
+
+def test_one_dialogue_has_no_interval(tiny_llama, dataset, tmp_path):
+    """The bound of an interval over one cluster is not there, and not infinite."""
+    results = evaluate(tmp_path / "evaluate", dataset, tiny_llama, {"base": None}, max_dialogues=1, max_personas=2)
+    row = results["base"]["metrics"]["perplexity_token"]
+    assert row["value"] > 1 and row["ci_low"] is None and row["ci_high"] is None
+
+
+def test_a_number_that_is_infinite_is_named():
+    results = {"metrics": {}, "run": {"not_scored": {}}}
+    _add(results, "perplexity_word", Interval(math.inf, 3.0, math.inf), 7)
+    _add(results, "perplexity_token", Interval(5.0, 3.0, math.inf), 7)
+    assert results["run"]["not_scored"] == {"perplexity_word": "beyond the range of numbers, over n = 7"}
+    assert results["metrics"]["perplexity_token"]["ci_high"] is None
+
+
+def test_forced_choice_and_agreement_stand_beside_the_probes(evaluated):
+    folder, results = evaluated
+    choices = read_jsonl(folder / "sft" / "choices.jsonl")
+    assert len(choices) == 9 and {row["right"] for row in choices} <= {0, 0.5, 1}
+    assert value(results, "sft", "forced_choice") == sum(row["right"] for row in choices) / 9
+    assert all(row["true"] in row["persona"] and row["false"] not in row["persona"] for row in choices)
+    assert all((row["nats_true"] < row["nats_false"]) == (row["right"] == 1) for row in choices)
+    assert "forced_choice" not in results["agree"]["metrics"]
+    # always a yes: right on the true suggestion alone, so of three pairs one agrees
+    assert value(results, "agree", "probe_agreement") == pytest.approx(1 / 3)
+    assert results["agree"]["run"]["probe_agreement_by_chance"] == pytest.approx(1 / 3)
+    assert compare(system_items(folder / "ppo"), system_items(folder / "sft"), num_resamples=50, num_trials=50)[
+        "forced_choice"
+    ]["b"] == value(results, "sft", "forced_choice")
+
+
+def test_all_bots_are_probed_unless_there_is_one_persona(dataset):
+    args = EvaluateConfig(dataset=str(dataset), output_dir="y", systems={"base": None})
+    probes = read_jsonl(dataset / "probes.jsonl")
+    assert _bots(args, probes) == args.bots and set(args.bots) == {"oracle", "wrong_persona", *DEGENERATE}
+    assert "wrong_persona" not in _bots(args, probes[:3])
+
+
+def test_the_folder_of_a_run_may_move(evaluated, sft_run, tmp_path, monkeypatch):
+    """The systems' adapters are named from the folder, and read from there."""
+    folder, _ = evaluated
+    systems = yaml.safe_load((folder / "config.yaml").read_text())["systems"]
+    assert systems["base"] is None and systems["sft"].startswith("../")
+    monkeypatch.chdir(tmp_path)
+    args, _ = parse(config_classes("evaluate"), ["--config", str(folder / "config.yaml")], "evaluate")
+    assert Path(args.systems["sft"]).samefile(sft_run.folder)
 
 
 def test_data_without_probes(tiny_llama, dataset, tmp_path):
