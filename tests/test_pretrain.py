@@ -130,8 +130,8 @@ def test_a_batch_depends_on_its_step_alone():
 def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, monkeypatch):
     # Breaks after step 5, in the middle of an interval of metrics; the checkpoint is of step 3.
     settings = {**TINY, "num_steps": 8, "short_steps": 4, "eval_steps": 4, "save_steps": 3}
-    heldout = pretrain.heldout_batches(TOKENIZER)[:1]
-    monkeypatch.setattr(pretrain, "heldout_batches", lambda tokenizer: heldout)
+    heldout = pretrain.heldout_batches(PretrainConfig("unused"), TOKENIZER)[:1]
+    monkeypatch.setattr(pretrain, "heldout_batches", lambda config, tokenizer: heldout)
     pretrain.train(PretrainConfig(str(tmp_path / "straight"), **settings))
 
     def failing(step, config):
@@ -209,8 +209,8 @@ def test_the_shipped_base_is_small_and_speaks_this_world():
 @pytest.fixture
 def small(monkeypatch):
     """A base of four steps, as `main` takes it."""
-    heldout = pretrain.heldout_batches(TOKENIZER)[:1]
-    monkeypatch.setattr(pretrain, "heldout_batches", lambda tokenizer: heldout)
+    heldout = pretrain.heldout_batches(PretrainConfig("unused"), TOKENIZER)[:1]
+    monkeypatch.setattr(pretrain, "heldout_batches", lambda config, tokenizer: heldout)
     return {**TINY, "num_steps": 4, "short_steps": 2, "retrain": True}
 
 
