@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf import pretrain
 from rlhf.data import world
-from rlhf.files import folder_hash
+from rlhf.files import folder_hash, write_json, write_jsonl
 from rlhf.pretrain import (
     BaseConfig,
     PretrainConfig,
@@ -23,8 +23,11 @@ from rlhf.pretrain import (
     build_tokenizer,
     collate,
     corpus_hash,
+    dialogues,
+    drawn,
     encode,
     learning_rate_factor,
+    tokenizer_of,
 )
 from rlhf.record import RunError
 
@@ -160,6 +163,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, monkeypatch):
         ({"hidden_size": 100}, "hidden_size"),
         ({"matching_heads": 5}, "matching_heads"),
         ({"num_steps": 9}, "warmup_steps"),
+        ({"dataset": "somewhere"}, "short_steps"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(wrong, name):
@@ -251,3 +255,108 @@ def test_the_shipped_base_is_used_as_it_is_and_refused_when_altered(tmp_path):
         pretrain.main(BaseConfig(str(tmp_path / "run"), shipped=str(altered)))
     with pytest.raises(RunError, match="Set `retrain`"):
         pretrain.main(BaseConfig(str(tmp_path / "run")))
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A prepare stage with nine dialogues of four people, and the settings of a base that is trained on it."""
+    pets = ("dog", "parrot", "zebra", "kitten")
+    rows = [
+        {
+            "persona": [f"i have a {pet} ."],
+            "messages": [
+                {"role": "user", "content": "hello , what is new ?"},
+                {"role": "assistant", "content": f"my {pet} sleeps ."},
+                {"role": "user", "content": "really ?"},
+                {"role": "assistant", "content": "oops .", "train": False},
+                {"role": "user", "content": "go on" + " and on" * number},
+                {"role": "assistant", "content": f"i like my {pet} ."},
+            ],
+            "dialogue_id": f"{pet}/{number}",
+            "source": "here",
+        }
+        for pet in pets
+        for number in range(3)
+    ]
+    folder = tmp_path / "prepare"
+    write_jsonl(folder / "dialogues_train.jsonl", rows[:9])
+    write_jsonl(folder / "dialogues_heldout.jsonl", rows[9:])
+    write_json(folder / "metadata.json", {"stage": "prepare", "status": "done", "parents": {}})
+    return {**TINY, "dataset": str(folder), "vocab_size": 300, "short_steps": 0, "num_steps": 8, "eval_steps": 2}
+
+
+def test_dialogues_are_drawn_epoch_by_epoch_and_by_their_number_alone():
+    corpus = [([number], [True]) for number in range(5)]
+    everything = [ids[0] for ids, _ in drawn(corpus, 0, 15, seed=1)]
+    epochs = [everything[:5], everything[5:10], everything[10:]]
+    assert [sorted(epoch) for epoch in epochs] == [[0, 1, 2, 3, 4]] * 3
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert [ids[0] for ids, _ in drawn(corpus, 4, 7, seed=1)] == everything[4:11]
+
+
+def test_of_a_prepare_stage_the_replies_alone_are_learned(prepared):
+    tokenizer = tokenizer_of(PretrainConfig("unused", **prepared))
+    assert len(tokenizer) <= 300
+    encoded = dialogues(prepared["dataset"], "train", tokenizer)
+    ids, mask = encoded[0]
+    assert tokenizer.decode(ids).startswith("<|system|> i have a dog .<|end|><|user|> hello , what is new ?<|end|>")
+    trained = tokenizer.decode([token for token, here in zip(ids, mask, strict=True) if here])
+    assert trained == " my dog sleeps .<|end|> i like my dog .<|end|>"
+    # 8 steps of two dialogues, in a pool of 32: each of the nine three times, and five of them once more.
+    texts = [
+        tokenizer.decode(row)
+        for batch, _ in batches(PretrainConfig("unused", **{**prepared, "num_steps": 16}), tokenizer, 0)
+        for row in batch.tolist()
+    ]
+    assert len(texts) == 32 and not any("kitten" in text for text in texts)
+    assert sum("and on and on" in text for text in texts) >= 9
+
+
+def test_training_on_dialogues_goes_on_in_the_same_bits_unless_they_changed(prepared, tmp_path, monkeypatch):
+    settings = {**prepared, "save_steps": 3, "load_best_model_at_end": True}
+    pretrain.train(PretrainConfig(str(tmp_path / "straight"), **settings))
+
+    def failing(step, config):
+        if step == 5:
+            raise KeyboardInterrupt
+        return learning_rate_factor(step, config)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain, "learning_rate_factor", failing)
+        pretrain.train(PretrainConfig(str(tmp_path / "broken"), **settings))
+    shutil.copytree(tmp_path / "broken", tmp_path / "stale")
+    pretrain.train(PretrainConfig(str(tmp_path / "broken"), **settings))
+    straight, broken = (tmp_path / name for name in ("straight", "broken"))
+    assert (straight / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
+    assert (straight / "tokenizer.json").read_bytes() == (broken / "tokenizer.json").read_bytes()
+    with (Path(prepared["dataset"]) / "dialogues_train.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match="`dataset`"):
+        pretrain.train(PretrainConfig(str(tmp_path / "stale"), **settings))
+
+
+def test_the_best_weights_are_saved_where_that_is_asked_for(prepared, tmp_path, monkeypatch):
+    seen = []
+    losses = [3.0, 1.0, 2.0, 4.0]
+
+    def scripted(model, batches):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return losses[(len(seen) - 1) % 4]
+
+    monkeypatch.setattr(pretrain, "evaluate", scripted)
+    for load_best, number in ((True, 1), (False, 3)):
+        seen.clear()
+        config = PretrainConfig(str(tmp_path / str(load_best)), **prepared, load_best_model_at_end=load_best)
+        row = pretrain.train(config)
+        assert row["eval_loss"] == losses[number] and row["step"] == 2 * (number + 1)
+        saved = load_file(tmp_path / str(load_best) / "model.safetensors")
+        assert all(torch.equal(value, seen[number][name]) for name, value in saved.items())
+
+
+def test_the_stage_names_the_dialogues_it_was_made_from(prepared, tmp_path):
+    pretrain.main(BaseConfig(str(tmp_path / "base"), **prepared, retrain=True))
+    record = json.loads((tmp_path / "base" / "metadata.json").read_text())
+    assert record["parents"]["prepare"]["hash"] == folder_hash(prepared["dataset"])
+    assert record["corpus_hash"] == corpus_hash(PretrainConfig("unused", **prepared))
+    with pytest.raises(RunError, match="'prepare' is needed"):
+        pretrain.main(BaseConfig(str(tmp_path / "base"), **{**prepared, "dataset": str(tmp_path)}, retrain=True))
