@@ -149,7 +149,11 @@ def main(config: PairsConfig, model_args: ModelConfig) -> None:
         logger.info("pairs %s; left out %s", json.dumps(record["rows"]), json.dumps(record["rejected"]))
         for side in SIDES:
             if not pairs[side]:
-                raise RunError(f"No {side} pairs are left: {record['rejected']}. See {folder / 'rejected.jsonl'}.")
+                raise RunError(
+                    f"No {side} pairs are left: {record['rejected']}. See {folder / 'rejected.jsonl'}. Where replies are "
+                    "cut off, raise `max_new_tokens` or train SFT for longer; where scores differ too little, lower "
+                    "`min_margin`."
+                )
             write_jsonl(folder / f"preferences_{side}.jsonl", pairs[side])
 
         # Audit

@@ -202,6 +202,11 @@ def test_a_judge_that_does_not_answer(judge, message, sample, monkeypatch, tmp_p
     assert asked == [24, 9] and len(rows(again, "preferences_train")) == 24
 
 
+def test_a_judge_that_is_not_there_is_refused_when_parsed():
+    with pytest.raises(ValueError, match="`judge` is 'rlhf.rewards:nothing'; write it as `module:function`"):
+        PairsConfig(output_dir="out", dataset="data", sft_adapter="sft", judge="rlhf.rewards:nothing")
+
+
 def test_pairs_that_words_alone_decide_are_refused_unless_forced(sample, monkeypatch, tmp_path):
     saying(monkeypatch, "i have a {pet} .", "i have a {other} .")
     with pytest.raises(RunError, match="told apart without the persona.*`bag_of_words` 100.0%"):
