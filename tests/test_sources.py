@@ -349,7 +349,7 @@ def test_a_split_that_leaves_a_side_empty_is_refused():
 
 def test_a_folder_without_questions_names_those_below_it(tmp_path):
     (tmp_path / "english").mkdir()
-    (tmp_path / "english" / "ai.yml").write_text("conversations:\n- [what is ai ?, a field .]\n")
+    (tmp_path / "english" / "ai.yml").write_text("conversations:\n- - what is ai\n  - a field\n")
     with pytest.raises(DataError, match=r"no \.csv, .* file lies in .*; there are some in .*/english: name one"):
         list(question_answer(tmp_path, [], persona=["i am a bot ."]))
     assert len(list(question_answer(tmp_path / "english", [], persona=["i am a bot ."]))) == 1
