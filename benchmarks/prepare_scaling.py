@@ -46,7 +46,7 @@ STEPS = {
     "pairs_and_prompts": (rlhf.prepare, "_files"),
     "write": (rlhf.prepare, "write_jsonl"),
     "describe": (describe, "describe"),
-    "audit": (audit, "check_audit"),
+    "audit": (audit, "audit"),
     "plot": (describe, "histograms"),
 }
 
