@@ -28,7 +28,10 @@ TRAINING = {
 
 
 def write_dialogues(path):
-    """Twenty-four characters with a dialogue each, of random words, so that none is a near-duplicate of another."""
+    """Twenty-four characters with a dialogue each, of random words, so that none is a near-duplicate of another.
+
+    All are asked alike and each reply speaks of its character, so that replies can be exchanged.
+    """
     rng = random.Random(0)
 
     def words(number):
@@ -36,8 +39,13 @@ def write_dialogues(path):
 
     rows = []
     for number in range(24):
-        turns = [{"role": role, "content": f"{words(6)} ."} for role in ("user", "assistant") * 2]
-        rows.append({"persona": [f"{words(4)} ."], "messages": turns, "dialogue_id": str(number), "source": "mine"})
+        facts = [words(2), words(2)]
+        turns = []
+        for fact in facts:
+            turns.append({"role": "user", "content": f"what do you like best these days , {words(1)} ?"})
+            turns.append({"role": "assistant", "content": f"{words(2)} {fact} {words(2)} ."})
+        persona = [f"{fact} ." for fact in facts]
+        rows.append({"persona": persona, "messages": turns, "dialogue_id": str(number), "source": "mine"})
     write_jsonl(path, rows)
 
 
@@ -104,6 +112,8 @@ def test_plan_of_the_shipped_recipes(name, tiny, tmp_path):
         assert step.folder == tmp_path / "elsewhere" / step.stage
         assert step.stage == "base" or values["seed"] == 7
         for key in {"dataset", "sft_adapter", "reward_adapter"} & values.keys():
+            if (step.stage, key) == ("base", "dataset"):
+                continue  # the demo's base is trained on the world itself
             assert Path(values[key]).parent == tmp_path / "elsewhere"
     assert [step.stage for step in plan(ROOT / "recipes" / name, tiny, "sft", tmp_path, {})][-1] == "sft"
 
@@ -163,7 +173,7 @@ def test_problems_of_all_stages_before_the_first_starts(keys, problems, go, tmp_
 
 
 def test_no_recipe(tmp_path):
-    with pytest.raises(ConfigError, match="is no recipe.*demo, my-character, persona-chat"):
+    with pytest.raises(ConfigError, match="is no recipe.*demo, from-scratch, my-character, persona-chat"):
         rlhf.run(ROOT / "recipes" / "demmo", output_dir=tmp_path)
 
 

@@ -21,7 +21,7 @@ CONVAI2 = ROOT.parent / "shared/data/convai2_personachat/valid_self_original.txt
 # What needs a model or probes.
 ELSEWHERE = {
     *("persona_consistency", "persona_consistency_sampled", "kl_reference", "perplexity_token", "perplexity_word"),
-    *("bits_per_byte", "hits_at_1"),
+    *("bits_per_byte", "hits_at_1", "forced_choice", "probe_agreement"),
 }
 
 
