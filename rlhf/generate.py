@@ -19,19 +19,25 @@ from rlhf.chat import Message, render_within, reply_text
 
 
 def generation_config(
-    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float = 0.0
+    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float = 0.0, stop_ids: Sequence[int] = ()
 ) -> GenerationConfig:
     """Sampling from the full distribution at `temperature`, or greedy decoding at 0.
 
     The settings that ship with a model (Qwen's top-k, top-p and repetition penalty) are left out, here and by
     [`rlhf.model.load_base`]: they would make the log-probabilities of PPO those of another distribution, and the
     evaluation one of the settings.
+
+    Args:
+        tokenizer: Its stop token ends a reply.
+        max_new_tokens: Longest reply.
+        temperature: 0 for greedy decoding.
+        stop_ids: Further ids that end a reply.
     """
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, *stop_ids],
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
@@ -47,13 +53,19 @@ def left_pad(
     return input_ids, mask
 
 
-def response_mask(responses: Tensor, stop_token_id: int) -> Tensor:
+def response_mask(responses: Tensor, stop_ids: int | Sequence[int]) -> Tensor:
     """1 up to and including the first stop token of each row of `(batch, length)`, 0 behind it.
 
-    From the stop token alone, never from pad ids, which many tokenizers also use as a stop token.
+    From the stop tokens alone, never from pad ids, which many tokenizers also use as a stop token.
     """
-    stops = (responses == stop_token_id).long()
+    stops = is_stop(responses, stop_ids).long()
     return (stops.cumsum(dim=1) - stops == 0).long()
+
+
+def is_stop(responses: Tensor, stop_ids: int | Sequence[int]) -> Tensor:
+    """Where a stop token stands."""
+    ids = [stop_ids] if isinstance(stop_ids, int) else list(stop_ids)
+    return torch.isin(responses, torch.tensor(ids, device=responses.device))
 
 
 def sample_ids(
@@ -62,6 +74,31 @@ def sample_ids(
     """Replies to left-padded prompts, `(batch, at most max_new_tokens)`; behind a stop token stands the pad token."""
     output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **more)
     return output[:, input_ids.shape[1] :]
+
+
+def sample_replies(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, batch_size: int
+) -> Tensor:
+    """Replies to prompts of any length, those to prompts of like length decoded together.
+
+    Args:
+        model: A causal model.
+        prompts: Token ids.
+        config: Of the decoding; its pad token fills the rows of the result.
+        batch_size: Replies decoded together.
+
+    Returns:
+        `(prompts, longest reply)`, in the order of the prompts, on the model's device.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    replies: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        ids, mask = left_pad([prompts[row] for row in rows], config.pad_token_id, model.device)
+        for row, reply in zip(rows, sample_ids(model, ids, mask, config).tolist(), strict=True):
+            replies[row] = reply
+    width = max(map(len, replies))
+    return torch.tensor([row + [config.pad_token_id] * (width - len(row)) for row in replies], device=model.device)
 
 
 @contextlib.contextmanager

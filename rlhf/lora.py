@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -153,6 +154,40 @@ def use_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
             model.base_model.enable_adapter_layers()
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(before[key])
+
+
+def checkpoint_activations(model: PeftModel, **kwargs: Any) -> None:
+    """Turn gradient checkpointing on, so that activations are computed again under the adapter of their forward pass.
+
+    PyTorch's own recomputation runs under whichever adapter is active in the backward pass: with two adapters in one
+    graph its gradients are wrong, and nothing says so.
+
+    Args:
+        model: A PeftModel.
+        kwargs: For `torch.utils.checkpoint.checkpoint`; `use_reentrant` is always False.
+    """
+
+    def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        return contextlib.nullcontext(), _under(model, model.active_adapter)
+
+    kwargs |= {"use_reentrant": False, "context_fn": contexts}
+    model.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+
+
+@contextlib.contextmanager
+def _under(model: PeftModel, name: str) -> Iterator[None]:
+    with contextlib.nullcontext() if model.active_adapter == name else use_adapter(model, name):
+        yield
+
+
+def role_hash(model: PeftModel, name: str) -> str:
+    """SHA-256 of the weights of the adapter `name` as they are in memory, the score head that it brings included."""
+    digest = hashlib.sha256()
+    for key, parameter in sorted(model.named_parameters()):
+        if f".{name}." in key:
+            digest.update(key.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def adapter_hash(folder: str | Path) -> str:

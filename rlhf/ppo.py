@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from trl import ModelConfig
 
 from rlhf.callbacks import watch
@@ -20,7 +21,8 @@ from rlhf.model import add_score_head, load_base, load_tokenizer
 from rlhf.persona import with_persona
 from rlhf.ppo_trainer import PPOConfig, PPOTrainer
 from rlhf.record import check_world_size, launch, stage
-from rlhf.rewards import check_reward_card, load_reward_function
+from rlhf.rewards import RewardFunction, RewardModel, check_reward_card, load_reward_function, reward_name
+from rlhf.roles import VALUE_ADAPTER
 
 
 @dataclass
@@ -32,18 +34,31 @@ class ParentConfig:
     reward_function: str | None = field(
         default=None, metadata={"help": "`module:function`, added to the reward adapter's score."}
     )
+    rewards: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Weight of each reward by its source: `module:function`, the folder of a reward adapter on this "
+            "base (from the current directory), or folder or hub id of another reward model. `reward_adapter` and "
+            "`reward_function` weigh 1 where it does not name them."
+        },
+    )
 
     def __post_init__(self) -> None:
-        if not (self.reward_adapter or self.reward_function):
-            raise ValueError("`reward_adapter` and `reward_function` are both empty; set one of them")
-        if self.reward_function:
-            load_reward_function(self.reward_function)  # now, not after the stages before this one were trained
+        if not self.sources():
+            raise ValueError("`reward_adapter`, `reward_function` and `rewards` are all empty; set one of them")
+        for source in self.sources():
+            if ":" in source:
+                load_reward_function(source)  # now, not after the stages before this one were trained
+
+    def sources(self) -> dict[str, float]:
+        """Every reward by where it comes from, with its weight."""
+        named = [source for source in (self.reward_adapter, self.reward_function) if source]
+        return {**dict.fromkeys(named, 1.0), **self.rewards}
 
 
 def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig, model_args: ModelConfig) -> None:
     """Train one adapter; everything it makes lies in `output_dir`."""
     check_world_size(training_args)
-    functions = [load_reward_function(parents.reward_function)] if parents.reward_function else []
     folders = {"prepare": data_args.dataset, "sft": parents.sft_adapter, "reward": parents.reward_adapter}
     with stage(
         "ppo",
@@ -67,15 +82,15 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig,
         # Trainer
         model = with_adapter(model, parents.sft_adapter, "default", trainable=True)
         model = with_adapter(model, parents.sft_adapter, "reference")
-        if parents.reward_adapter:
-            model = with_adapter(model, parents.reward_adapter, "reward")
-            with inference(model), use_adapter(model, "reward"):
-                check_reward_card(model.get_base_model(), parents.reward_adapter)
+        adapters, functions, weights = add_rewards(model, parents)
+        if training_args.value_model == "adapter":
+            model = with_adapter(model, _start_of_critic(parents), VALUE_ADAPTER, trainable=True)
         trainer = PPOTrainer(
             model=model,
             args=training_args,
-            reward_adapter="reward" if parents.reward_adapter else None,
+            reward_adapter=adapters,
             reward_functions=functions,
+            reward_weights=weights,
             train_dataset=prompt_columns(train_rows, tokenizer, training_args.max_length, share),
             eval_dataset=prompt_columns(eval_rows, tokenizer, training_args.max_length, share),
             processing_class=tokenizer,
@@ -101,8 +116,58 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig,
             tokenizer.save_pretrained(training_args.output_dir)
             record["result_hash"] = folder_hash(Path(training_args.output_dir))
         record["num_examples"] = len(train_rows)
+        record["rewards"] = {source: {"weight": w, "hash": _hash(source)} for source, w in parents.sources().items()}
         record["episodes"] = training_args.total_episodes
         record["trainable_parameters"] = trainable_parameters(trainer.model)
+
+
+def add_rewards(model: PeftModel, parents: ParentConfig) -> tuple[list[str], list[RewardFunction], dict[str, float]]:
+    """Load what the recipe rewards with.
+
+    Returns:
+        Names of the reward adapters, now on the model; the callables; and the weight of each by its name. Reward
+        adapters are called "reward", "reward_2" and so on.
+    """
+    adapters: list[str] = []
+    functions: list[RewardFunction] = []
+    weights: dict[str, float] = {}
+    for source, weight in parents.sources().items():
+        if ":" in source:
+            functions.append(load_reward_function(source))
+            name = reward_name(functions[-1])
+        elif _is_adapter(source):
+            name = "reward" if not adapters else f"reward_{len(adapters) + 1}"
+            with_adapter(model, source, name)
+            with inference(model), use_adapter(model, name):
+                check_reward_card(model.get_base_model(), source)
+            adapters.append(name)
+        elif source.startswith(("runs/", "./", "../", "/")) and not (Path(source) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"`rewards`: {source} holds neither a reward adapter (adapter_config.json) nor a model (config.json)."
+            )
+        else:
+            functions.append(RewardModel(source))
+            name = reward_name(functions[-1])
+        weights[name] = weight
+    return adapters, functions, weights
+
+
+def _start_of_critic(parents: ParentConfig) -> str:
+    for source in parents.sources():
+        if _is_adapter(source):
+            return source
+    raise ValueError(
+        "`value_model` is adapter, which starts from a reward adapter's weights, and there is none. Set "
+        "`reward_adapter`, or `value_model: head`."
+    )
+
+
+def _is_adapter(source: str) -> bool:
+    return (Path(source) / "adapter_config.json").is_file()
+
+
+def _hash(source: str) -> str | None:
+    return folder_hash(Path(source)) if Path(source).is_dir() else None
 
 
 if __name__ == "__main__":

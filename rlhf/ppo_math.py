@@ -177,3 +177,42 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """The k3 estimate of the KL divergence of each token, never negative (http://joschu.net/blog/kl-approx.html)."""
     log_ratio = (ref_logprobs - logprobs).clamp(-20.0, 20.0)
     return log_ratio.exp() - 1 - log_ratio
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float, num_episodes: int, kl_horizon: int) -> float:
+    """The coefficient of the next rollout, moved towards a KL of `kl_target`.
+
+    `kl_coef * (1 + clip(kl / kl_target - 1, -0.2, 0.2) * num_episodes / kl_horizon)` (Ziegler et al. 2019, section 2.2).
+
+    Args:
+        kl_coef: Of this rollout.
+        kl: Its mean KL divergence to the reference, in nats a reply.
+        kl_target: The divergence wanted, in the same unit.
+        num_episodes: Replies of this rollout.
+        kl_horizon: Replies in which a KL that is 20 % or more off changes the coefficient by about 20 %.
+    """
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * num_episodes / kl_horizon)
+
+
+def explained_variance(
+    values: Tensor, returns: Tensor, mask: Tensor, all_sum: Callable[[Tensor], Tensor] = _alone
+) -> Tensor:
+    """Share of the variance of the returns that the values explain, a scalar; 0 where the returns do not vary.
+
+    Args:
+        values: `(batch, length)`.
+        returns: `(batch, length)`.
+        mask: `(batch, length)`.
+        all_sum: See [`masked_whiten`].
+    """
+    keep = mask.bool()
+
+    def spread(x: Tensor) -> Tensor:
+        x = torch.where(keep, x, 0)
+        mean = all_sum(x.sum()) / count
+        return all_sum(torch.where(keep, (x - mean) ** 2, 0).sum())
+
+    count = all_sum(mask.sum()).clamp(min=1)
+    total = spread(returns)
+    return torch.where(total > 0, 1 - spread(returns - values) / total, 0)

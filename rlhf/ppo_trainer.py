@@ -1,32 +1,30 @@
 """PPO on transformers.Trainer's hooks: rollout, score, advantages, loss.
 
 One frozen base carries every role. The policy is the adapter "default", the reference the frozen adapter "reference",
-a learned reward the frozen adapter "reward" with its score head, and the critic a linear head on the policy's hidden
-states. Whatever a training loop needs beside that (gradient accumulation, clipping, schedules, the fp16 scaler, DDP,
-logging, checkpoints) is the Trainer's.
+a learned reward a frozen adapter with a score head, and the critic a linear head on the policy's hidden states or the
+adapter "critic". Whatever a training loop needs beside that (gradient accumulation, clipping, schedules, the fp16
+scaler, DDP, logging, checkpoints) is the Trainer's.
 
 An item of the dataloader is one rollout batch of prompts, handed out once for each micro-batch that is made from it.
 So the position in a rollout follows from `state.global_step` alone, and a resumed run needs no counter of ours.
 """
 
-import functools
+import copy
 import json
+import logging
 import math
-import types
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -36,28 +34,47 @@ from transformers import (
 
 from rlhf.chat import reply_text
 from rlhf.config import ConfigError
-from rlhf.generate import generation_config, inference, left_pad, response_mask, sample_ids
-from rlhf.lora import set_trainable, use_adapter
+from rlhf.generate import generation_config, inference, is_stop, left_pad, response_mask, sample_replies
+from rlhf.lora import checkpoint_activations, set_trainable, use_adapter
 from rlhf.model import trainable_to_fp32
 from rlhf.persona import with_persona
 from rlhf.ppo_math import (
+    adapted_kl_coef,
     advantages_and_returns,
+    explained_variance,
     kl_k3,
     kl_penalised_rewards,
-    masked_mean,
     masked_whiten,
     policy_loss,
     probability_ratio,
     value_loss,
 )
-from rlhf.rewards import RewardFunction, reward_scores
-from rlhf.token_logprobs import token_logprobs
+from rlhf.rewards import RewardFunction, call_reward, reward_name, reward_scores
+from rlhf.roles import (
+    VALUE_ADAPTER,
+    PolicyOutput,
+    PPOState,
+    RoleError,
+    RoleGuard,
+    add_critic,
+    check_roles,
+    critic_parameters,
+    dropouts,
+)
+from rlhf.rollouts import Rollout, RolloutLoader, RolloutSampler, as_batch, generator_of, inputs_of, pieces
+
+logger = logging.getLogger(__name__)
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+VALUE_ADAPTER_FILE = "value_adapter.safetensors"
 
 
 class RatioError(RuntimeError):
     """The update's forward does not reproduce the log-probabilities of the rollout: PPO would learn from noise."""
+
+
+class NonFiniteError(RuntimeError):
+    """Too many minibatches in a row whose loss or gradient is not finite."""
 
 
 @dataclass
@@ -77,16 +94,46 @@ class PPOConfig(TrainingArguments):
     num_mini_batches: int = field(default=1, metadata={"help": "Optimiser steps in one pass over a rollout."})
     max_length: int = field(default=1024, metadata={"help": "Longest prompt, in tokens; older turns are dropped."})
     response_length: int = field(default=53, metadata={"help": "Longest reply, in tokens."})
+    generation_batch_size: int = field(
+        default=64, metadata={"help": "Replies decoded together, to prompts of like length.", "range": "[1, inf)"}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the rollouts."})
+    stop_tokens: list[str] = field(
+        default_factory=list, metadata={"help": "Tokens that end a reply, beside the chat template's own."}
+    )
+    value_model: str = field(
+        default="head",
+        metadata={
+            "help": "The critic: a linear head on the policy's hidden states, or an adapter started from the reward's.",
+            "choices": ("head", "adapter"),
+        },
+    )
     kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL penalty inside the reward."})
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "KL in nats a reply that `kl_coef` is adapted to; unset, it is fixed.", "range": "(0, inf)"},
+    )
+    kl_horizon: int = field(
+        default=10_000, metadata={"help": "Replies over which an adaptive `kl_coef` moves.", "range": "[1, inf)"}
+    )
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
     lam: float = field(default=0.95, metadata={"help": "Lambda of the generalised advantage estimates."})
     cliprange: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio."})
     cliprange_value: float = field(default=0.2, metadata={"help": "Clip range of the critic."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the critic's loss."})
+    normalize_rewards: bool = field(
+        default=False, metadata={"help": "Each reward to mean 0 and variance 1 of all its scores so far."}
+    )
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to variance 1 in each rollout."})
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Taken off the score of a reply that was cut off before its stop token."}
+    )
+    max_skipped_minibatches: int = field(
+        default=3,
+        metadata={
+            "help": "Minibatches in a row that may be skipped as not finite; one more stops.",
+            "range": "[0, inf)",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -132,95 +179,26 @@ class PPOConfig(TrainingArguments):
         return math.ceil(self.total_episodes / self.rollout_size) * self.steps_per_rollout
 
 
-class PolicyOutput(NamedTuple):
-    """What the policy says about given replies: `(batch, length - 1)` each, at t about token t + 1, zero outside."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    values: Tensor
-
-
-@dataclass
-class Rollout:
-    """Replies with everything the update needs; the first dimension of each tensor is the episode.
-
-    `input_ids`, `attention_mask`, `position_ids` and `mask` are `(episodes, length)`: prompts padded on the left,
-    replies on the right, `mask` 1 on the reply. The others are `(episodes, length - 1)`, aligned as in PolicyOutput.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    mask: Tensor
-    logprobs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-    def take(self, indices: Tensor) -> "Rollout":
-        """The episodes at `indices`."""
-        return Rollout(**{name: tensor[indices.to(tensor.device)] for name, tensor in vars(self).items()})
-
-
-class RolloutSampler(Sampler[list[int]]):
-    """Batches of row numbers, one a rollout and process, each repeated for every micro-batch made from it.
-
-    The order is a permutation of (seed, epoch); a rest that fills no rollout waits for another epoch's order.
-    """
-
-    def __init__(self, num_rows: int, args: PPOConfig) -> None:
-        if num_rows < args.rollout_size:
-            raise ValueError(
-                f"A rollout takes {args.rollout_size} prompts (per_device_train_batch_size * "
-                f"gradient_accumulation_steps * num_mini_batches * processes), but the dataset has {num_rows}."
-            )
-        self.num_rows = num_rows
-        self.args = args
-        self.epoch = 0
-        self.repeats = args.steps_per_rollout * args.gradient_accumulation_steps
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_rows // self.args.rollout_size * self.repeats
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(self.num_rows, generator=_generator(self.args.seed, self.epoch)).tolist()
-        size, local = self.args.rollout_size, self.args.local_rollout_size
-        for start in range(0, self.num_rows - size + 1, size):
-            mine = start + self.args.process_index * local
-            for _ in range(self.repeats):
-                yield order[mine : mine + local]
-
-
-class _RolloutLoader(DataLoader):
-    """A DataLoader that hands the epoch on to its batch sampler."""
-
-    def set_epoch(self, epoch: int) -> None:
-        sampler = self.batch_sampler
-        assert isinstance(sampler, RolloutSampler)
-        sampler.set_epoch(epoch)
-
-
 class PPOTrainer(Trainer):
     """Train a policy adapter by PPO against rewards of its own replies.
 
     Args:
         model: A PeftModel whose adapter "default" is the policy and whose adapter "reference" is what the KL is
             measured against. A learned reward is one more adapter with a score head (see
-            [`rlhf.model.add_score_head`]).
+            [`rlhf.model.add_score_head`]); with `value_model` "adapter", so is the critic, under the name "critic".
         args: The configuration.
-        reward_adapter: Name of the reward adapter on the same base, or None.
-        reward_functions: Callables `(prompts, completions, **columns) -> list[float]`. The score of a reply is the
-            sum of the reward adapter's and theirs.
+        reward_adapter: Name of the reward adapter on the same base, or several, or None.
+        reward_functions: Callables `(prompts, completions, **columns) -> list[float]`.
+        reward_weights: Weight of a reward by its name: the adapter's, or the function's `__name__`. 1 where it is
+            not named; with 0 a reward is only logged. The score of a reply is the weighted sum.
         train_dataset: Columns `prompt_ids` and `row` (see [`rlhf.data.columns.prompt_columns`]).
         eval_dataset: The same, held out; where `reference_ids` stand beside, their perplexity is measured too.
         processing_class: The tokenizer.
         callbacks: Of the Trainer.
 
     Raises:
-        ValueError: if a role's adapter is missing, or there is nothing to reward with.
+        ValueError: if a role's adapter is missing, there is nothing to reward with, two rewards have one name, a
+            weight names no reward, or a stop token is not in the vocabulary.
     """
 
     loss_is_scaled_for_ga = True  # each micro-batch's loss is already divided by the tokens of its whole minibatch
@@ -231,27 +209,32 @@ class PPOTrainer(Trainer):
         args: PPOConfig,
         train_dataset: Dataset,
         processing_class: PreTrainedTokenizerBase,
-        reward_adapter: str | None = None,
+        reward_adapter: str | Sequence[str] | None = None,
         reward_functions: Sequence[RewardFunction] = (),
         eval_dataset: Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        reward_weights: Mapping[str, float] | None = None,
     ) -> None:
-        if reward_adapter is None and not reward_functions:
-            raise ValueError("`reward_adapter` and `reward_functions` are both empty: there is nothing to learn from.")
-        for role in ("default", "reference", reward_adapter):
-            if role is not None and role not in model.peft_config:
-                raise ValueError(f"`model` has no adapter {role!r}; it has {', '.join(model.peft_config)}.")
-        base = model.get_base_model()
-        set_trainable(model, "default")
-        add_value_head(base)
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # noise between rollout and update would be taken for a change of the policy
-        if args.gradient_checkpointing:
-            model.enable_input_require_grads()
-        self.reward_adapter = reward_adapter
-        self.reward_functions = list(reward_functions)
+        adapters = [reward_adapter] if isinstance(reward_adapter, str) else list(reward_adapter or ())
+        names = [*adapters, *map(reward_name, reward_functions)]
+        critic = [VALUE_ADAPTER] if args.value_model == "adapter" else []
+        check_roles(model, ["default", "reference", *adapters, *critic], names, reward_weights or {})
+        args = copy.copy(args)
         args.max_steps = args.total_steps  # here, not in the configuration: it depends on the number of processes
+        set_trainable(model, "default")
+        add_critic(model, args.value_model)
+        for parameter in critic_parameters(model).values():
+            parameter.requires_grad_(True)
+        for _, module, attribute in dropouts(model):
+            setattr(module, attribute, 0.0)  # its noise would be taken for a change of the policy
+        if args.gradient_checkpointing:
+            checkpoint_activations(model, **(args.gradient_checkpointing_kwargs or {}))
+            args.activation_checkpointing = args.gradient_checkpointing = (
+                False  # the Trainer would do it over, plainly
+            )
+        self.reward_adapters = adapters
+        self.reward_functions = list(reward_functions)
+        self.reward_weights = {name: (reward_weights or {}).get(name, 1.0) for name in names}
         super().__init__(
             model=model,
             args=args,
@@ -259,54 +242,81 @@ class PPOTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or ()), PPOState(args.kl_coef)],
         )
+        self.add_callback(RoleGuard(model, ["reference", *adapters], self.skip_unless_finite))
         trainable_to_fp32(model)
-        self.generation_config = generation_config(processing_class, args.response_length, args.temperature)
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        stop_ids = _ids_of(args.stop_tokens, processing_class)
+        self.stop_ids = [processing_class.eos_token_id, *stop_ids]
+        self.generation_config = generation_config(processing_class, args.response_length, args.temperature, stop_ids)
+        self._metrics: dict[str, list[float]] = {}
         self._rollout: Rollout | None = None
         self._step = -1  # the optimiser step that `_micro_step` counts in
         self._micro_step = 0
+        self._not_finite = False  # whether any micro-batch of this step, on any rank, had such a loss
+
+    @property
+    def ppo_state(self) -> PPOState:
+        """The KL coefficient, the scales of the rewards, and how many minibatches were skipped."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, PPOState))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser, for the weights of policy and critic by name.
+
+        Raises:
+            RoleError: if other weights require gradients, or some of these do not.
+        """
+        own = self.accelerator.unwrap_model(self.model)
+        declared = {name for name, _ in own.named_parameters() if ".default." in name} | critic_parameters(own).keys()
+        trainable = {name for name, parameter in own.named_parameters() if parameter.requires_grad}
+        if wrong := sorted(declared ^ trainable):
+            raise RoleError(
+                f"Policy and critic have {len(declared)} trainable weights, and {len(wrong)} are frozen that should not "
+                f"be, or the other way round, for example {wrong[0]}. Switch adapters with `rlhf.lora.use_adapter` alone."
+            )
+        return super().create_optimizer(model)
 
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
         """One item a micro-batch: the rows of the rollout that it belongs to, as a list."""
         sampler = RolloutSampler(len(self.train_dataset), self.args)
-        return _RolloutLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
+        return RolloutLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
 
     # Rollout
 
-    def rollout(self, rows: list[dict[str, Any]], log: dict[str, list[float]]) -> Rollout:
+    def rollout(self, rows: list[dict[str, Any]], log: dict[str, list[float]], held_out: bool = False) -> Rollout:
         """Reply to the prompts of `rows`, score the replies, and estimate the advantages.
 
         Args:
             rows: Rows of the dataset.
             log: Where the statistics of the rollout are appended, under TRL's names.
+            held_out: Whether to measure alone: by the configured `kl_coef` and unnormalised scores, which are the same
+                throughout a training, and without a change of either's state.
         """
         args, model = self.args, self.accelerator.unwrap_model(self.model)
-        device = self.accelerator.device
         with inference(model), self.accelerator.autocast():
-            prompt_ids, prompt_mask = left_pad(
-                [row["prompt_ids"] for row in rows], self.processing_class.pad_token_id, device
-            )
-            responses = sample_ids(model, prompt_ids, prompt_mask, self.generation_config)
-            mask = response_mask(responses, self.processing_class.eos_token_id)
-            batch = _as_batch(prompt_ids, prompt_mask, responses, mask)
+            prompts = [row["prompt_ids"] for row in rows]
+            prompt_ids, prompt_mask = left_pad(prompts, self.processing_class.pad_token_id, self.accelerator.device)
+            responses = sample_replies(model, prompts, self.generation_config, args.generation_batch_size)
+            mask = response_mask(responses, self.stop_ids)
+            batch = as_batch(prompt_ids, prompt_mask, responses, mask)
             policy = self._forward_in_parts(batch)
             with use_adapter(model, "reference"):
-                reference = self._forward_in_parts(batch)
-            scores = self.score(rows, batch, responses, mask)
-        finished = ((responses == self.processing_class.eos_token_id) & mask.bool()).any(dim=1)
+                reference = self._forward_in_parts(batch, with_values=False)
+            by_reward = self.score(rows, batch, responses, mask)
+        scores = self._weigh(by_reward, normalise=args.normalize_rewards and not held_out)
+        finished = (is_stop(responses, self.stop_ids) & mask.bool()).any(dim=1)
         if args.missing_eos_penalty is not None:
             scores = scores - args.missing_eos_penalty * (~finished)
 
+        kl_coef = args.kl_coef if held_out or args.kl_target is None else self.ppo_state.kl_coef
         tokens = batch["mask"][:, 1:]
-        rewards = kl_penalised_rewards(scores, policy.logprobs, reference.logprobs, tokens, args.kl_coef)
+        rewards = kl_penalised_rewards(scores, policy.logprobs, reference.logprobs, tokens, kl_coef)
         if args.whiten_rewards:
             rewards = masked_whiten(rewards, tokens, shift_mean=False, all_sum=self._all_sum)
         advantages, returns = advantages_and_returns(rewards, policy.values, tokens, args.gamma, args.lam)
-        explained = _explained_variance(policy.values, returns, tokens)
+        explained = explained_variance(policy.values, returns, tokens, self._all_sum)
         advantages = masked_whiten(advantages, tokens, all_sum=self._all_sum)
 
         kl = ((policy.logprobs - reference.logprobs) * tokens).sum(1)
@@ -314,33 +324,57 @@ class PPOTrainer(Trainer):
             "objective/kl": kl.mean(),
             "objective/kl_k3": (kl_k3(policy.logprobs, reference.logprobs) * tokens).sum(1).mean(),
             "objective/entropy": (policy.entropy * tokens).sum(1).mean(),
-            "objective/non_score_reward": (-args.kl_coef * kl).mean(),
+            "objective/non_score_reward": (-kl_coef * kl).mean(),
             "objective/scores": scores.mean(),
-            "objective/rlhf_reward": (scores - args.kl_coef * kl).mean(),
+            "objective/rlhf_reward": (scores - kl_coef * kl).mean(),
             "val/explained_variance": explained,
             "val/num_eos_tokens": finished.float().mean(),
             "val/response_length": mask.sum(1).float().mean(),
         }
-        for name, value in statistics.items():
-            log[name].append(self._mean(value))
+        means = self._mean(statistics)
+        for name, raw in by_reward.items():
+            everyone = self.accelerator.gather(raw)
+            means[f"rewards/{name}/mean"] = everyone.mean().item()
+            means[f"rewards/{name}/std"] = everyone.std().item() if len(everyone) > 1 else 0.0
+        _append(log, {**means, "objective/kl_coef": kl_coef})
+        if args.kl_target is not None and not held_out:
+            self.ppo_state.kl_coef = adapted_kl_coef(
+                kl_coef, means["objective/kl"], args.kl_target, args.rollout_size, args.kl_horizon
+            )
         return Rollout(**batch, logprobs=policy.logprobs, values=policy.values, advantages=advantages, returns=returns)
 
-    def score(self, rows: list[dict[str, Any]], batch: dict[str, Tensor], responses: Tensor, mask: Tensor) -> Tensor:
-        """One score a reply, `(episodes,)`: the reward adapter's plus each reward function's."""
-        scores = torch.zeros(len(rows), device=responses.device)
-        if self.reward_adapter is not None:
-            model = self.accelerator.unwrap_model(self.model)
-            with use_adapter(model, self.reward_adapter):
-                scores += reward_scores(model.get_base_model(), **_inputs(batch))
+    def score(
+        self, rows: list[dict[str, Any]], batch: dict[str, Tensor], responses: Tensor, mask: Tensor
+    ) -> dict[str, Tensor]:
+        """What each reward gives each reply, `(episodes,)` by name, neither weighted nor normalised."""
+        model = self.accelerator.unwrap_model(self.model)
+        scores = {}
+        for adapter in self.reward_adapters:
+            scores[adapter] = torch.zeros(len(rows), device=responses.device)
+            with use_adapter(model, adapter):
+                for piece in pieces(batch, self.args.per_device_train_batch_size):
+                    scores[adapter][piece.rows] = reward_scores(model.get_base_model(), **inputs_of(piece.batch))
         if self.reward_functions:
             data = [json.loads(row["row"]) for row in rows]
-            columns = {key: [row.get(key) for row in data] for key in data[0] if key not in ("prompt", "persona")}
+            keys = dict.fromkeys(key for row in data for key in row if key not in ("prompt", "persona"))
+            columns = {key: [row.get(key) for row in data] for key in keys}
             prompts = [with_persona(row) for row in data]
             ids = responses.masked_fill(mask == 0, self.processing_class.pad_token_id)
             completions = [reply_text(row, self.processing_class) for row in ids.tolist()]
             for function in self.reward_functions:
-                scores += torch.tensor(function(prompts, completions, **columns), device=scores.device)
+                given = call_reward(function, prompts, completions, columns)
+                scores[reward_name(function)] = torch.tensor(given, device=responses.device)
         return scores
+
+    def _weigh(self, by_reward: dict[str, Tensor], normalise: bool) -> Tensor:
+        total = torch.zeros_like(next(iter(by_reward.values())))
+        for name, scores in by_reward.items():
+            if normalise:
+                scale = self.ppo_state.scales[name]
+                scale.add(scores, self._all_sum)
+                scores = scale.normalised(scores)
+            total += self.reward_weights[name] * scores
+        return total
 
     # Update
 
@@ -350,22 +384,28 @@ class PPOTrainer(Trainer):
         Raises:
             RatioError: on the first minibatch of a run, if the ratio of new to old probabilities is not 1.
         """
-        args = self.args
-        position = self.state.global_step % args.steps_per_rollout
         if self._step != self.state.global_step:
-            self._step, self._micro_step = self.state.global_step, 0
-            number = self.state.global_step // args.steps_per_rollout
-            epoch, minibatch = divmod(position, args.num_mini_batches)
-            if position == 0 or self._rollout is None:
-                self._rollout = self.rollout(inputs, self._metrics)
-            order = torch.randperm(args.local_rollout_size, generator=_generator(args.seed, number, epoch))
-            size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-            self._minibatch = self._rollout.take(order[minibatch * size : (minibatch + 1) * size])
-            self._num_tokens = self._all_sum(self._minibatch.mask.sum())
-        size = args.per_device_train_batch_size
-        batch = self._minibatch.take(torch.arange(self._micro_step * size, (self._micro_step + 1) * size))
+            self._begin_step(inputs)
+        size = self.args.per_device_train_batch_size
+        rows = torch.arange(self._micro_step * size, (self._micro_step + 1) * size)
         self._micro_step += 1
-        return super().training_step(model, {"batch": batch}, num_items_in_batch)
+        return super().training_step(model, {"batch": self._minibatch.take(rows).trimmed()}, num_items_in_batch)
+
+    def _begin_step(self, inputs: list[dict[str, Any]]) -> None:
+        args = self.args
+        self._step, self._micro_step, self._not_finite = self.state.global_step, 0, False
+        number, position = divmod(self.state.global_step, args.steps_per_rollout)
+        if position == 0 or self._rollout is None:
+            self._rollout = self.rollout(inputs, self._metrics)
+        self._minibatch = self._rollout.take(self.minibatch(number, *divmod(position, args.num_mini_batches)))
+        self._minibatch = self._minibatch.by_length()  # so that its micro-batches need little padding
+        self._num_tokens = self._all_sum(self._minibatch.mask.sum())
+
+    def minibatch(self, number: int, epoch: int, minibatch: int) -> Tensor:
+        """The episodes of a minibatch, on this process: a part of the permutation of (seed, rollout, epoch)."""
+        order = torch.randperm(self.args.local_rollout_size, generator=generator_of(self.args.seed, number, epoch))
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return order[minibatch * size : (minibatch + 1) * size]
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs  # the rollout is on the device already
@@ -376,32 +416,47 @@ class PPOTrainer(Trainer):
         """Clipped policy loss plus `vf_coef` times the critic's, over the tokens of the whole minibatch."""
         args, batch = self.args, inputs["batch"]
         tokens = batch.mask[:, 1:]
-        output = model(**_inputs(vars(batch)), response_mask=batch.mask, temperature=args.temperature)
-        if self.state.global_step == self._initial_global_step:
-            self._check_ratio(output.logprobs, batch)
+        output = model(**inputs_of(vars(batch)), response_mask=batch.mask, temperature=args.temperature)
         of_policy = policy_loss(
             output.logprobs, batch.logprobs, batch.advantages, tokens, args.cliprange, self._num_tokens
         )
         of_critic = value_loss(
             output.values, batch.values, batch.returns, tokens, args.cliprange_value, self._num_tokens
         )
-        with torch.no_grad():
-            ratio = probability_ratio(output.logprobs, batch.logprobs, tokens)
-            clipped = ((ratio - 1).abs() > args.cliprange).float()
-            log_ratio = output.logprobs - batch.logprobs
-            parts = self.args.world_size * args.gradient_accumulation_steps
-            statistics = {
-                "loss/policy_avg": of_policy.detach() * parts,
-                "loss/value_avg": of_critic.detach() * parts,
-                "policy/approxkl_avg": masked_mean(0.5 * log_ratio**2, tokens),
-                "policy/clipfrac_avg": masked_mean(clipped, tokens),
-                "policy/entropy_avg": masked_mean(output.entropy, tokens),
-                "val/ratio": masked_mean(ratio, tokens),
-            }
-            for name, value in statistics.items():
-                self._metrics[name].append(self._mean(value))
+        loss = of_policy + args.vf_coef * of_critic
+        statistics = self._statistics(output, batch, of_policy, of_critic)
+        sums = self._all_sum(torch.stack([(~loss.isfinite()).float(), *statistics.values()])).tolist()
+        if sums[0] > 0:  # on any rank; before backward, so that all of them do the same
+            self._not_finite = True
+            return self._no_loss()
+        if self.state.global_step == self._initial_global_step:
+            self._check_ratio(output.logprobs, batch)
+        # Sums of parts of a mean over the minibatch: the log averages over micro-batches.
+        _append(
+            self._metrics,
+            {n: s * args.gradient_accumulation_steps for n, s in zip(statistics, sums[1:], strict=True)},
+        )
         # DDP averages the gradients of the ranks, while the loss is a sum over all of them.
-        return (of_policy + args.vf_coef * of_critic) * self.args.world_size
+        return loss * args.world_size
+
+    @torch.no_grad()
+    def _statistics(
+        self, output: PolicyOutput, batch: Rollout, of_policy: Tensor, of_critic: Tensor
+    ) -> dict[str, Tensor]:
+        """This micro-batch's part of means over the tokens of the whole minibatch, under TRL's names."""
+        args, keep = self.args, batch.mask[:, 1:].bool()
+        ratio = probability_ratio(output.logprobs, batch.logprobs, keep)
+        moved = (output.values - batch.values).abs() > args.cliprange_value
+        by_token = {
+            "policy/approxkl_avg": 0.5 * (output.logprobs - batch.logprobs) ** 2,
+            "policy/clipfrac_avg": (ratio - 1).abs() > args.cliprange,
+            "policy/entropy_avg": output.entropy,
+            "val/clipfrac_avg": moved,
+            "val/ratio": ratio,
+            "val/ratio_var": (ratio - 1) ** 2,
+        }
+        means = {name: torch.where(keep, x.float(), 0).sum() / self._num_tokens for name, x in by_token.items()}
+        return {"loss/policy_avg": of_policy.detach(), "loss/value_avg": of_critic.detach(), **means}
 
     def _check_ratio(self, logprobs: Tensor, batch: Rollout) -> None:
         ratio = probability_ratio(logprobs.detach(), batch.logprobs, batch.mask[:, 1:])
@@ -410,21 +465,84 @@ class PPOTrainer(Trainer):
         if not furthest < limit:
             raise RatioError(
                 f"On the first minibatch the new policy is the old one, so that every ratio must be 1, but one is off "
-                f"by {furthest:.3g} (limit {limit:g}). Probable causes: dropout is on, the adapter of the update is not "
-                "the one that sampled, or positions and padding differ between the two forwards."
+                f"by {furthest:.3g} (limit {limit:g}). Probable cause: {self._probable_cause()}."
+            )
+
+    def _probable_cause(self) -> str:
+        model = self.accelerator.unwrap_model(self.model)
+        if model.active_adapter != "default":
+            return f"the adapter of the update, {model.active_adapter!r}, is not the one that sampled, 'default'"
+        for name, module, attribute in dropouts(model):
+            return f"dropout is on: `{name}` drops {getattr(module, attribute):g}"
+        return (
+            "positions and padding differ between the two forwards, the weights changed between them, or the kernels "
+            "are too coarse (try `attn_implementation: eager`, or float32)"
+        )
+
+    def _no_loss(self) -> Tensor:
+        """A loss of zero that reaches every trainable weight, as DDP waits for them, with gradients of zero."""
+        if (
+            self.is_deepspeed_enabled
+        ):  # it steps within its backward pass, and with momentum; the scheduler sets it anew
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0
+        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return torch.stack([torch.where(torch.isnan(w), 0, w * 0).sum() for w in weights]).sum()
+
+    def skip_unless_finite(self) -> None:
+        """Before an optimiser step: drop the gradients where a loss or a gradient of the minibatch is not finite.
+
+        Without a gradient AdamW leaves a weight and its own averages alone; a gradient of zero would still move it.
+
+        Raises:
+            NonFiniteError: if this was one more in a row than `max_skipped_minibatches`. The minibatch is saved.
+        """
+        state, limit = self.ppo_state, self.args.max_skipped_minibatches
+        if not self._not_finite and self.accelerator.scaler is None:  # the fp16 scaler looks for itself
+            grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            self._not_finite = (
+                not all(torch.stack([grad.isfinite().all() for grad in grads]).tolist()) if grads else False
+            )
+        if not self._not_finite:
+            state.skipped_in_a_row = 0
+            return
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        logger.warning(
+            "The loss or the gradient of the minibatch of step %d is not finite; it is skipped on all ranks (%d in a "
+            "row, %d in all).",
+            self.state.global_step, state.skipped_in_a_row, state.skipped,
+        )  # fmt: skip
+        if state.skipped_in_a_row > limit:
+            path = Path(self.args.output_dir) / f"nonfinite_minibatch_{self.args.process_index}.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in vars(self._minibatch).items()}, path)
+            raise NonFiniteError(
+                f"{state.skipped_in_a_row} minibatches in a row had a loss or a gradient that is not finite "
+                f"(`max_skipped_minibatches` {limit}). The last one is in {path}, one file a rank. Look there for values "
+                "that are not finite: in `logprobs` the policy itself is broken (lower `learning_rate`; in float16, load "
+                "the base in another `dtype`), in `advantages` or `returns` the rewards are."
             )
 
     # Forward passes
 
-    def _forward_in_parts(self, batch: dict[str, Tensor], temperature: float | None = None) -> PolicyOutput:
+    def _forward_in_parts(
+        self, batch: dict[str, Tensor], temperature: float | None = None, with_values: bool = True
+    ) -> PolicyOutput:
         """The update's own forward, in pieces of the update's size, so that old and new log-probabilities agree."""
         model = self.accelerator.unwrap_model(self.model)
         temperature = self.args.temperature if temperature is None else temperature
-        pieces = []
-        for start in range(0, len(batch["mask"]), self.args.per_device_train_batch_size):
-            part = {name: t[start : start + self.args.per_device_train_batch_size] for name, t in batch.items()}
-            pieces.append(model(**_inputs(part), response_mask=part["mask"], temperature=temperature))
-        return PolicyOutput(*(torch.cat(part) for part in zip(*pieces, strict=True)))
+        shape = (len(batch["mask"]), batch["mask"].shape[1] - 1)
+        whole = PolicyOutput(*(torch.zeros(shape, device=batch["mask"].device) for _ in PolicyOutput._fields))
+        for rows, start, stop, piece in pieces(batch, self.args.per_device_train_batch_size):
+            output = model(
+                **inputs_of(piece), response_mask=piece["mask"], temperature=temperature, with_values=with_values
+            )
+            for into, part in zip(whole, output, strict=True):
+                into[rows, start : stop - 1] = part.float()
+        return whole
 
     # Evaluation
 
@@ -439,12 +557,12 @@ class PPOTrainer(Trainer):
             raise ValueError(f"The held-out prompts are fewer than the {self.args.world_size} processes. Add some.")
         size = self.args.per_device_eval_batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        log: dict[str, list[float]] = defaultdict(list)
+        log: dict[str, list[float]] = {}
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.args.seed)
             for batch in batches:
-                self.rollout(batch, log)
+                self.rollout(batch, log, held_out=True)
             metrics = {
                 f"{metric_key_prefix}_{name}": sum(v * len(b) for v, b in zip(values, batches, strict=True))
                 / len(rows)
@@ -470,8 +588,8 @@ class PPOTrainer(Trainer):
             )
             lengths = torch.tensor([len(row["reference_ids"]) for row in rows], device=device)
             mask = (torch.arange(width, device=device) < lengths[:, None]).long()
-            batch = _as_batch(prompt_ids, prompt_mask, responses, mask)
-            logprobs = self._forward_in_parts(batch, temperature=1.0).logprobs
+            batch = as_batch(prompt_ids, prompt_mask, responses, mask)
+            logprobs = self._forward_in_parts(batch, temperature=1.0, with_values=False).logprobs
         return torch.stack([-logprobs.sum(), mask.sum().float()])
 
     # Log, save, load
@@ -480,6 +598,7 @@ class PPOTrainer(Trainer):
         """Add the means of PPO's own statistics since the last log."""
         if not any(key.startswith("eval_") for key in logs):
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self._metrics.items() if values}}
+            logs["val/skipped_minibatches"] = self.ppo_state.skipped
             logs["episode"] = self.state.global_step // self.args.steps_per_rollout * self.args.rollout_size
             self._metrics.clear()
         super().log(logs, start_time)
@@ -488,20 +607,28 @@ class PPOTrainer(Trainer):
         return 0  # the Trainer's count knows neither rollouts nor four roles
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The policy as a plain adapter, the critic's head beside it; frozen roles have folders of their own."""
+        """The policy as a plain adapter, the critic beside it; frozen roles have folders of their own."""
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
         model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
-        save_file(model.get_base_model().value_head.state_dict(), folder / VALUE_HEAD_FILE)
+        if self.args.value_model == "head":
+            save_file(model.get_base_model().value_head.state_dict(), folder / VALUE_HEAD_FILE)
+        else:  # no folder of its own: the Trainer would load that in place of the policy
+            weights = get_peft_model_state_dict(model, adapter_name=VALUE_ADAPTER, save_embedding_layers=False)
+            save_file(weights, folder / VALUE_ADAPTER_FILE)
         self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         policy: PeftModel = self.accelerator.unwrap_model(model or self.model)
-        value_head = policy.get_base_model().value_head
-        value_head.load_state_dict(load_file(Path(resume_from_checkpoint) / VALUE_HEAD_FILE))
+        folder = Path(resume_from_checkpoint)
+        if self.args.value_model == "head":
+            policy.get_base_model().value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
+        else:
+            set_peft_model_state_dict(policy, load_file(folder / VALUE_ADAPTER_FILE), adapter_name=VALUE_ADAPTER)
         set_trainable(policy, "default")
-        value_head.requires_grad_(True)
+        for parameter in critic_parameters(policy).values():
+            parameter.requires_grad_(True)
         trainable_to_fp32(policy)
 
     def _load_best_model(self) -> None:
@@ -510,67 +637,19 @@ class PPOTrainer(Trainer):
     def _all_sum(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
 
-    def _mean(self, value: Tensor) -> float:
-        return self.accelerator.reduce(value.detach().float(), reduction="mean").item()
+    def _mean(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Means over the ranks, in one exchange."""
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        return dict(zip(values, self.accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
 
 
-def add_value_head(base: PreTrainedModel) -> None:
-    """Give a causal model a critic, and a forward that returns log-probabilities and values in one pass.
-
-    Called with `response_mask` the forward returns a PolicyOutput; without it, it is the model's own. So the model
-    that the Trainer holds stays a PeftModel, and under DDP every trainable parameter is used in every pass.
-    """
-    hidden_size = base.config.get_text_config().hidden_size
-    base.value_head = nn.Linear(hidden_size, 1, dtype=torch.float32, device=base.device)
-    nn.init.zeros_(base.value_head.weight)  # no opinion at first: advantages start as plain rewards
-    nn.init.zeros_(base.value_head.bias)
-    own_forward = base.forward
-
-    @functools.wraps(type(base).forward)  # `generate` checks its arguments against the signature
-    def forward(
-        self: PreTrainedModel, *args: Any, response_mask: Tensor | None = None, temperature: float = 1.0, **kwargs: Any
-    ) -> Any:
-        if response_mask is None:
-            return own_forward(*args, **kwargs)
-        ids = kwargs["input_ids"]
-        states = self.base_model(
-            input_ids=ids,
-            attention_mask=kwargs["attention_mask"],
-            position_ids=kwargs["position_ids"],
-            use_cache=False,
-        ).last_hidden_state[:, :-1]
-        mask = response_mask[:, 1:]
-        logprobs, entropy = token_logprobs(states, self.get_output_embeddings(), ids[:, 1:], mask, temperature)
-        with torch.autocast(states.device.type, enabled=False):
-            values = self.value_head(states.float()).squeeze(-1)
-        return PolicyOutput(logprobs, entropy, torch.where(mask.bool(), values, 0))
-
-    base.forward = types.MethodType(forward, base)
+def _ids_of(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    vocabulary = tokenizer.get_vocab()
+    if unknown := [token for token in tokens if token not in vocabulary]:
+        raise ValueError(f"`stop_tokens` has {unknown[0]!r}, which is no token of the tokenizer. Leave it out.")
+    return [vocabulary[token] for token in tokens]
 
 
-def _as_batch(prompt_ids: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    attention_mask = torch.cat([prompt_mask, mask], dim=1)
-    return {
-        "input_ids": torch.cat([prompt_ids, responses], dim=1),
-        "attention_mask": attention_mask,
-        "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
-        "mask": torch.cat([torch.zeros_like(prompt_mask), mask], dim=1),
-    }
-
-
-def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    """A generator seeded by several numbers, the same on every rank and machine."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)
-    return torch.Generator().manual_seed(seed)
-
-
-def _explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    keep = mask.bool()
-    spread = returns[keep].var() if keep.sum() > 1 else returns.new_tensor(0.0)
-    return 1 - (returns - values)[keep].var() / spread if spread > 0 else returns.new_tensor(0.0)
+def _append(log: dict[str, list[float]], values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        log.setdefault(name, []).append(value)

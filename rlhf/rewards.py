@@ -1,24 +1,29 @@
 """Rewards for PPO: callables `(prompts, completions, **columns) -> list[float]`.
 
 `prompts` are messages with the persona as system message, from the same parse that the policy was prompted with;
-`completions` are the replies as text; each column of the data arrives as a list under its name.
+`completions` are the replies as text; each column of the data arrives as a list under its name. A reward adapter on the
+policy's base scores token ids; a reward model of another base is a callable like any other.
 """
 
 import json
 import logging
+import math
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+from trl import ModelConfig
 
-from rlhf.chat import Message
+from rlhf.chat import Message, prepare_tokenizer, render_within
+from rlhf.model import load_base
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +111,107 @@ def check_reward_card(model: PreTrainedModel, folder: str | Path) -> float:
 def guesses(card: Mapping[str, Any]) -> list[str]:
     """Names of the accuracies in a reward card, the overall one and those by kind, that chance would explain."""
     return [name.removesuffix("_low") for name, low in card.items() if name.endswith("_low") and low <= 0.5]
+
+
+class RewardModel:
+    """A reward model with a base, a tokenizer and a chat template of its own, as a reward callable.
+
+    Messages are rendered anew with its template, never its ids taken over from the policy. Rows are scored one at a
+    time: many models look for their last token by the pad token, which goes wrong where that also closes a turn.
+
+    Args:
+        name_or_path: A sequence classification model with one output, as `AutoModelForSequenceClassification` reads it.
+
+    Raises:
+        ValueError: if its tokenizer has no chat template.
+    """
+
+    def __init__(self, name_or_path: str) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"`rewards`: {name_or_path} has no chat template, so how it wants a dialogue is not known. Write a "
+                "function `module:function` that puts it as the model was trained, and name that."
+            )
+        self.__name__ = Path(name_or_path).name
+        self.tokenizer = prepare_tokenizer(tokenizer)
+        self.model = load_base(ModelConfig(model_name_or_path=name_or_path), self.tokenizer, reward=True).eval()
+        self.model.requires_grad_(False)
+        # As it was trained: `load_base` names a pad token, by which the stop token would be passed over.
+        self.model.config.pad_token_id = AutoConfig.from_pretrained(name_or_path).pad_token_id
+        self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[Sequence[Message]], completions: Sequence[str], **columns: Any
+    ) -> list[float]:
+        scores = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            messages = [*prompt, {"role": "assistant", "content": completion}]
+            ids = render_within(messages, self.tokenizer, self.max_length)[0]["input_ids"]
+            logits = self.model(input_ids=torch.tensor([ids], device=self.model.device)).logits
+            scores.append(logits.float().squeeze().item())
+        return scores
+
+
+@dataclass
+class RunningScale:
+    """Mean and variance of all scores so far, over all ranks (Chan, Golub and LeVeque 1983, equation 2.1).
+
+    Attributes:
+        count: How many there were.
+        mean: Their mean.
+        squares: Their summed squared distances from it.
+    """
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, scores: Tensor, all_sum: Callable[[Tensor], Tensor]) -> None:
+        """Take in the scores of a rollout; `all_sum` sums a tensor over all ranks."""
+        scores = scores.double()
+        count, total = all_sum(torch.stack([scores.new_tensor(len(scores)), scores.sum()])).tolist()
+        squares = all_sum(((scores - total / count) ** 2).sum()).item()
+        distance, before = total / count - self.mean, self.count
+        self.count += count
+        self.mean += distance * count / self.count
+        self.squares += squares + distance**2 * before * count / self.count
+
+    def normalised(self, scores: Tensor) -> Tensor:
+        """The scores with the mean taken off, in units of the standard deviation where there is one."""
+        deviation = math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
+        return (scores - self.mean) / (deviation if deviation > 1e-8 else 1.0)
+
+
+def call_reward(
+    function: RewardFunction,
+    prompts: Sequence[Sequence[Message]],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[float]:
+    """The scores that `function` gives.
+
+    Raises:
+        ValueError: if they are not one finite number a reply.
+    """
+    scores = function(prompts, completions, **columns)
+    if len(scores) != len(completions):
+        raise ValueError(
+            f"The reward {reward_name(function)!r} gave {len(scores)} scores for {len(completions)} replies. Return "
+            "one number for each, in their order."
+        )
+    for reply, score in zip(completions, scores, strict=True):
+        if not math.isfinite(score):
+            raise ValueError(
+                f"The reward {reward_name(function)!r} gave {score} for the reply {reply[:80]!r}. Return a finite number."
+            )
+    return [float(score) for score in scores]
+
+
+def reward_name(function: RewardFunction) -> str:
+    """What a reward is called in the log and in `reward_weights`: a function by its name, an object by its class."""
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def load_reward_function(name: str, key: str = "reward_function") -> RewardFunction:

@@ -6,7 +6,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from rlhf.chat import render
+import rlhf.generate
 from rlhf.generate import (
+    is_stop,
+    sample_replies,
     RowSampling,
     generate,
     generate_several,
@@ -51,7 +54,13 @@ def test_left_pad():
 def test_a_response_lasts_up_to_its_first_stop_token():
     responses = torch.tensor([[5, 2, 2, 5], [2, 2, 2, 2], [5, 6, 7, 8], [5, 0, 6, 2], [0, 5, 2, 0]])
     expected = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]]
-    assert response_mask(responses, stop_token_id=2).tolist() == expected
+    assert response_mask(responses, 2).tolist() == expected
+
+
+def test_a_response_lasts_up_to_the_first_of_several_stop_tokens():
+    responses = torch.tensor([[5, 2, 3, 5], [5, 3, 2, 2], [3, 5, 5, 5], [5, 6, 7, 8]])
+    assert response_mask(responses, [2, 3]).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    assert is_stop(responses, [2, 3]).sum(1).tolist() == [2, 3, 1, 0]
 
 
 @torch.no_grad()
@@ -132,6 +141,26 @@ def test_a_reply_ends_before_its_stop_token(chatbot, monkeypatch):
     assert replies[3].startswith(twice)
     several = generate_several(model, tokenizer, [QUESTIONS[1]] * 4, 1, 2 * len(yes) + 1, 0.0)
     assert [reply.finished for (reply,) in several] == [True, True, True, False]
+
+
+def test_replies_to_prompts_of_any_length_come_back_in_their_order(chatbot, monkeypatch):
+    """Decoded in batches of like length, so that five prompts of 3 to 40 tokens are padded by 10 ids and not by 98."""
+    model, tokenizer = chatbot
+    prompts = [list(range(5, 5 + length)) for length in (40, 3, 38, 5, 4)]
+    config = generation_config(tokenizer, max_new_tokens=4)
+    alone = [sample_replies(model, [prompt], config, 1)[0].tolist() for prompt in prompts]
+    widths = []
+
+    def spy(model, input_ids, mask, config):
+        widths.append((len(input_ids), input_ids.shape[1], int(mask.sum())))
+        return sample_ids(model, input_ids, mask, config)
+
+    sample_ids = rlhf.generate.sample_ids
+    monkeypatch.setattr(rlhf.generate, "sample_ids", spy)
+    with torch.no_grad():
+        together = sample_replies(model, prompts, config, 3)
+    assert [row[: len(reply)] for row, reply in zip(together.tolist(), alone, strict=True)] == alone
+    assert widths == [(3, 5, 12), (2, 40, 78)]
 
 
 def test_sampling_follows_the_seed_and_leaves_the_global_generator(chatbot):

@@ -15,8 +15,9 @@ from rlhf.generate import left_pad
 from rlhf.lora import with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer
 from rlhf.pipeline import config_classes
-from rlhf.ppo_trainer import VALUE_HEAD_FILE, PPOConfig, PPOTrainer, RatioError, RolloutSampler, _as_batch
+from rlhf.ppo_trainer import VALUE_HEAD_FILE, PPOConfig, PPOTrainer, RatioError
 from rlhf.rewards import persona_rule, score_ids
+from rlhf.rollouts import RolloutSampler, as_batch
 
 ARGS = {
     "use_cpu": True, "seed": 3, "report_to": "none", "per_device_train_batch_size": 4, "response_length": 6,
@@ -65,7 +66,7 @@ def some_rows(trainer, count=4):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ([], "`reward_adapter` and `reward_function` are both empty; set one of them"),
+        ([], "`reward_adapter`, `reward_function` and `rewards` are all empty; set one of them"),
         (
             ["--reward_function=rlhf.rewards:persona_rul"],
             "`reward_function` (command line) is 'rlhf.rewards:persona_rul'",
@@ -198,15 +199,9 @@ def rewards_of_a_rollout(trainer, kl_coef, monkeypatch):
         patch.setattr(rlhf.ppo_trainer, "kl_penalised_rewards", spy)
         trainer.args.kl_coef = kl_coef
         torch.manual_seed(0)
-        log = {key: [] for key in trainer_keys}
+        log = {}
         rollout = trainer.rollout(some_rows(trainer, 8), log)
     return rollout, seen["scores"], seen["rewards"]
-
-
-trainer_keys = (
-    "objective/kl", "objective/kl_k3", "objective/entropy", "objective/non_score_reward", "objective/scores",
-    "objective/rlhf_reward", "val/explained_variance", "val/num_eos_tokens", "val/response_length",
-)  # fmt: skip
 
 
 def test_score_on_the_last_token_and_penalty_in_proportion(make_trainer, monkeypatch):
@@ -253,7 +248,7 @@ def test_reward_function_gets_prompts_completions_and_columns(make_trainer):
         return [1.0] * len(prompts)
 
     trainer = make_trainer([record, length])
-    log = {key: [] for key in trainer_keys}
+    log = {}
     rollout = trainer.rollout(some_rows(trainer), log)
     ((prompts, completions, columns),) = calls
     assert prompts[0] == [
@@ -279,12 +274,13 @@ def test_rewards_depend_on_the_persona(ppo_run, reward_run, make_trainer, tiny_l
     columns = list(prompt_columns(rows, tokenizer, 256))
     reply = tokenizer("i have a dog .", add_special_tokens=False)["input_ids"]
     responses = torch.tensor([reply, reply])
-    assert trainer.score(columns, {}, responses, torch.ones_like(responses)).tolist() == [1.0, 0.0]
+    by_rule = trainer.score(columns, {}, responses, torch.ones_like(responses))
+    assert {name: scores.tolist() for name, scores in by_rule.items()} == {"persona_rule": [1.0, 0.0]}
 
     learned = ppo_run.trainer
-    batch = _as_batch(*left_pad([row["prompt_ids"] for row in columns], 0), responses, torch.ones_like(responses))
+    batch = as_batch(*left_pad([row["prompt_ids"] for row in columns], 0), responses, torch.ones_like(responses))
     with torch.no_grad():
-        first, second = learned.score(columns, batch, responses, torch.ones_like(responses)).tolist()
+        first, second = learned.score(columns, batch, responses, torch.ones_like(responses))["reward"].tolist()
     assert abs(first - second) > 1e-4
     base = load_base(ModelConfig(model_name_or_path=str(tiny_llama)), tokenizer)
     add_score_head(base)
@@ -320,11 +316,29 @@ def with_another_adapter(trainer):
     trainer.rollout = switched
 
 
-@pytest.mark.parametrize("tamper", [with_dropout, with_another_adapter])
-def test_ratio_check_stops(tamper, make_trainer):
+def with_shifted_positions(trainer):
+    rollout = trainer.rollout
+
+    def shifted(*args):
+        made = rollout(*args)
+        made.position_ids = made.position_ids * 2
+        return made
+
+    trainer.rollout = shifted
+
+
+@pytest.mark.parametrize(
+    ("tamper", "cause"),
+    [
+        (with_dropout, r"dropout is on: `.*lora_dropout.default.p` drops 0.5"),
+        (with_another_adapter, "the adapter of the update, 'reference', is not the one that sampled"),
+        (with_shifted_positions, "positions and padding differ"),
+    ],
+)
+def test_ratio_check_stops_and_names_the_cause(tamper, cause, make_trainer):
     trainer = make_trainer(step_away=0.3)
     tamper(trainer)
-    with pytest.raises(RatioError, match="dropout is on, the adapter"):
+    with pytest.raises(RatioError, match=cause):
         trainer.train()
 
 
@@ -351,7 +365,7 @@ def recorded(make_trainer):
         id for id in range(len(trainer.processing_class)) if id % 40 and id != stop
     ]
     torch.manual_seed(0)
-    rollout = trainer.rollout(some_rows(trainer, 8), {key: [] for key in trainer_keys})
+    rollout = trainer.rollout(some_rows(trainer, 8), {})
     assert len(set(rollout.mask.sum(1).tolist())) > 2
     return rollout
 

@@ -8,6 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from rlhf.ppo_math import (
+    adapted_kl_coef,
+    explained_variance,
     advantages_and_returns,
     kl_k3,
     kl_penalised_rewards,
@@ -188,3 +190,28 @@ def test_garbage_outside_the_mask_changes_neither_results_nor_gradients(function
         found.append([result.detach(), *(x.grad for x in inputs if x.grad is not None)])
     for clean, dirty in zip(*found, strict=True):
         assert_close(dirty, clean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (6.0, 0.1),  # on target
+        (12.0, 0.1 * (1 + 0.2 * 0.02)),  # 100 % over, held at 20 %; 200 of 10,000 replies
+        (6.6, 0.1 * (1 + 0.1 * 0.02)),  # 10 % over
+        (3.0, 0.1 * (1 - 0.2 * 0.02)),  # half: held at -20 %
+        (-1.0, 0.1 * (1 - 0.2 * 0.02)),  # an estimate of a KL may be negative
+    ],
+)
+def test_the_adaptive_coefficient_by_hand(kl, expected):
+    assert adapted_kl_coef(0.1, kl, kl_target=6.0, num_episodes=200, kl_horizon=10_000) == pytest.approx(expected)
+
+
+def test_explained_variance_by_hand():
+    """Returns 0, 2, 4 (variance 8/3), errors 0, 1, -1 (variance 2/3): 1 - 1/4. Garbage outside counts nothing."""
+    mask = torch.tensor([[1, 1, 1, 0]])
+    returns = torch.tensor([[0.0, 2.0, 4.0, 1e9]])
+    values = torch.tensor([[0.0, 1.0, 5.0, torch.nan]])
+    assert explained_variance(values, returns, mask).item() == pytest.approx(0.75)
+    assert explained_variance(values, torch.ones(1, 4), mask).item() == 0  # nothing to explain
+    double = explained_variance(values, returns, mask, all_sum=lambda x: 2 * x)  # two ranks with the same rows
+    assert double.item() == pytest.approx(0.75)
