@@ -5,19 +5,19 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from rlhf.chat import render
 import rlhf.generate
+from rlhf.chat import render
 from rlhf.generate import (
-    is_stop,
-    sample_replies,
     RowSampling,
     generate,
     generate_several,
     generation_config,
     inference,
+    is_stop,
     left_pad,
     response_mask,
     sample_ids,
+    sample_replies,
 )
 from rlhf.model import load_tokenizer
 

@@ -1,11 +1,15 @@
 """PPOTrainer: roles, rewards, the check of the ratio, gradients, learning, and resuming."""
 
+import itertools
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers import OPTConfig, OPTForCausalLM
 from trl import ModelConfig
 
 import rlhf.ppo_trainer
@@ -15,8 +19,9 @@ from rlhf.generate import left_pad
 from rlhf.lora import with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer
 from rlhf.pipeline import config_classes
-from rlhf.ppo_trainer import VALUE_HEAD_FILE, PPOConfig, PPOTrainer, RatioError
+from rlhf.ppo_trainer import VALUE_HEAD_FILE, NonFiniteError, PPOConfig, PPOTrainer, RatioError
 from rlhf.rewards import persona_rule, score_ids
+from rlhf.roles import RoleError, dropouts
 from rlhf.rollouts import RolloutSampler, as_batch
 
 ARGS = {
@@ -31,15 +36,31 @@ def length(prompts, completions, **columns):
 
 
 @pytest.fixture
-def make_trainer(tiny_llama, sft_run, dataset, tmp_path):
-    """A trainer whose policy has left the reference already, so that the KL is not zero."""
+def make_trainer(request, tiny_llama, sft_run, dataset, tmp_path):
+    """A trainer whose policy has left the reference already, so that the KL is not zero.
 
-    def make(reward_functions=(length,), step_away=0.05, head_scale=1.0, **args):
+    `adapters` are roles that begin as the reward adapter: rewards, or the critic.
+    """
+
+    def make(
+        reward_functions=(length,),
+        step_away=0.05,
+        head_scale=1.0,
+        adapters=(),
+        reward_weights=None,
+        tamper=None,
+        **args,
+    ):
         tokenizer = load_tokenizer(str(tiny_llama))
         base = load_base(ModelConfig(model_name_or_path=str(tiny_llama)), tokenizer)
         base.lm_head.weight.data *= head_scale
+        add_score_head(base)
         model = with_adapter(base, sft_run.folder, "default", trainable=True)
         model = with_adapter(model, sft_run.folder, "reference")
+        for name in adapters:
+            with_adapter(model, request.getfixturevalue("reward_run").folder, name)
+        if tamper:
+            tamper(model)
         torch.manual_seed(1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -48,7 +69,9 @@ def make_trainer(tiny_llama, sft_run, dataset, tmp_path):
         return PPOTrainer(
             model=model,
             args=PPOConfig(output_dir=str(tmp_path / "trainer"), **{**ARGS, **args}),
+            reward_adapter=[name for name in adapters if name != "critic"],
             reward_functions=list(reward_functions),
+            reward_weights=reward_weights,
             train_dataset=prompt_columns(load_rows(dataset / "prompts_train.jsonl"), tokenizer, 256),
             processing_class=tokenizer,
         )
@@ -289,6 +312,121 @@ def test_rewards_depend_on_the_persona(ppo_run, reward_run, make_trainer, tiny_l
     assert [first, second] == pytest.approx(expected, abs=1e-5)  # float32, padded against alone
 
 
+def constant(prompts, completions, **columns):
+    return [3.0] * len(completions)
+
+
+def test_score_is_the_weighted_sum_and_each_reward_is_logged(make_trainer):
+    weights = {"length": 2.0, "constant": -0.5}
+    trainer = make_trainer([length, constant], adapters=["reward", "reward_2"], reward_weights=weights)
+    log = {}
+    trainer.rollout(some_rows(trainer), log)
+    mean = {name: log[f"rewards/{name}/mean"][0] for name in ("length", "constant", "reward", "reward_2")}
+    assert mean["constant"] == 3.0 and log["rewards/constant/std"] == [0.0] and log["rewards/length/std"][0] > 0
+    assert mean["reward"] == mean["reward_2"] != 0  # the same weights under two names
+    total = 2.0 * mean["length"] - 0.5 * 3.0 + 2 * mean["reward"]
+    assert log["objective/scores"] == [pytest.approx(total, abs=1e-6)]  # float32
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"reward_functions": [length, length]}, "Two rewards are called 'length'"),
+        ({"reward_weights": {"lenght": 1.0}}, "names 'lenght'; the rewards are length"),
+        ({"stop_tokens": ["<|nothing|>"]}, "`stop_tokens` has '<|nothing|>'"),
+        ({"value_model": "adapter"}, "no adapter 'critic'.*starts it from the reward adapter"),
+    ],
+)
+def test_rewards_and_roles_that_cannot_be_are_refused(values, message, make_trainer):
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        make_trainer(**values)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1.0], "'reward' gave 1 scores for 4 replies"),
+        ([1.0, float("nan"), 1.0, 1.0], "'reward' gave nan for the reply"),
+    ],
+)
+def test_scores_that_are_not_one_number_a_reply_are_refused(given, message, make_trainer):
+    def reward(prompts, completions, **columns):
+        return given
+
+    trainer = make_trainer([reward])
+    with pytest.raises(ValueError, match=message):
+        trainer.rollout(some_rows(trainer), {})
+
+
+def test_a_string_prompt_reaches_the_reward_as_the_same_messages(make_trainer):
+    calls = []
+
+    def record(prompts, completions, **columns):
+        calls.append(prompts)
+        return [0.0] * len(prompts)
+
+    text = "[PERSONA] i have a dog . | i like pizza . [DIALOGUE] hello [SEP] hi . [SEP] any pets ? [RESPONSE]"
+    said = [("user", "hello"), ("assistant", "hi ."), ("user", "any pets ?")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    rows = [{"prompt": text}, {"prompt": messages, "persona": ["i have a dog .", "i like pizza ."], "more": 1}]
+    trainer = make_trainer([record])
+    columns = prompt_columns(rows, trainer.processing_class, 256)
+    assert columns[0]["prompt_ids"] == columns[1]["prompt_ids"]
+    trainer.rollout(list(columns), {})
+    ((first, second),) = calls
+    assert first == second and first[0] == {"role": "system", "content": "i have a dog .\ni like pizza ."}
+
+
+def test_normalised_rewards_follow_a_running_scale(make_trainer):
+    """Two rollouts: the first by its own mean and deviation, the second by those of all eight scores. Float64 by numpy."""
+    seen = []
+
+    def record(prompts, completions, **columns):
+        seen.append([len(completion) ** 2 for completion in completions])
+        return seen[-1]
+
+    trainer = make_trainer([record], normalize_rewards=True, reward_weights={"record": 2.0})
+    for _ in range(2):
+        log = {}
+        trainer.rollout(some_rows(trainer), log)
+        everything = np.concatenate(seen)
+        expected = 2.0 * (np.array(seen[-1]) - everything.mean()) / everything.std(ddof=1)
+        assert log["objective/scores"] == [pytest.approx(expected.mean(), abs=1e-5)]  # float32 scores
+        assert log["rewards/record/mean"] == [pytest.approx(np.mean(seen[-1]))]  # as the reward gave it
+    assert trainer.ppo_state.scales["record"].count == 8
+    log = {}
+    trainer.rollout(some_rows(trainer), log, held_out=True)
+    assert log["objective/scores"] == [pytest.approx(2.0 * np.mean(seen[-1]))]  # comparable over the training
+    assert trainer.ppo_state.scales["record"].count == 8
+
+
+def test_adaptive_kl_moves_the_coefficient_of_the_next_rollout(make_trainer):
+    trainer = make_trainer(kl_coef=0.5, kl_target=1e-6, kl_horizon=40)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "objective/kl" in row]
+    assert rows[0]["objective/kl"] > 1e-5 and rows[0]["objective/kl_coef"] == 0.5
+    # far above the target: 0.2 * 4 episodes / 40
+    assert rows[1]["objective/kl_coef"] == pytest.approx(0.5 * 1.02)
+    for row in rows:
+        assert row["objective/non_score_reward"] == pytest.approx(-row["objective/kl_coef"] * row["objective/kl"])
+
+
+def test_any_stop_token_ends_a_reply(make_trainer, monkeypatch):
+    """Replies of six tokens, of which "e" is one that may be sampled: it ends them, and no penalty is due."""
+    trainer = make_trainer(stop_tokens=["e"], missing_eos_penalty=5.0)
+    stop = trainer.processing_class.convert_tokens_to_ids("e")
+    trainer.generation_config.suppress_tokens = [
+        id for id in range(len(trainer.processing_class)) if id % 40 and id != stop
+    ]
+    rollout, scores, _ = rewards_of_a_rollout(trainer, 0.1, monkeypatch)
+    replies = [ids[mask.bool()].tolist() for ids, mask in zip(rollout.input_ids, rollout.mask, strict=True)]
+    stopped = [reply[-1] in trainer.stop_ids for reply in replies]
+    assert any(reply[-1] == stop for reply in replies) and not all(stopped)
+    for reply, ended, score in zip(replies, stopped, scores.tolist(), strict=True):
+        assert not set(reply[:-1]) & set(trainer.stop_ids)
+        assert (score >= 0) is ended  # the length is never negative and at most 5
+
+
 # The check of the ratio
 
 
@@ -380,6 +518,162 @@ def test_gradients_do_not_depend_on_how_the_batch_is_cut(other, make_trainer, re
     assert any(gradient.abs().max() > 1e-2 for gradient in whole.values())
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.fixture
+def with_critic(make_trainer):
+    def make(**args):
+        return make_trainer(adapters=["critic"], value_model="adapter", per_device_train_batch_size=8, **args)
+
+    return make
+
+
+def test_recomputed_activations_are_those_of_their_own_adapter(with_critic, recorded):
+    """Policy and critic in one graph. PyTorch's own recomputation would run the critic's layers under the policy."""
+
+    def with_plain_checkpointing(trainer):
+        base = trainer.model.get_base_model()
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        return trainer
+
+    whole = gradients(with_critic(), recorded)
+    again = gradients(with_critic(gradient_checkpointing=True), recorded)
+    assert {"critic" if ".critic." in name else "policy" for name in whole} == {"critic", "policy"}
+    for name, gradient in whole.items():
+        assert gradient.abs().max() > 0, name  # no weight is unused
+        assert torch.equal(again[name], gradient), name
+    plain = gradients(with_plain_checkpointing(with_critic()), recorded)
+    assert any((plain[name] - gradient).abs().max() > 1e-4 for name, gradient in whole.items())
+
+
+def test_the_critic_starts_as_the_reward_model(with_critic, reward_run, tiny_llama):
+    trainer = with_critic(response_length=3)
+    rollout = trainer.rollout(some_rows(trainer, 8), {})
+    base = load_base(ModelConfig(model_name_or_path=str(tiny_llama)), trainer.processing_class)
+    add_score_head(base)
+    alone = with_adapter(base, reward_run.folder, "reward").eval().get_base_model()
+    for row in range(8):
+        ids = rollout.input_ids[row][rollout.attention_mask[row].bool()].tolist()
+        size = int(rollout.mask[row].sum())
+        values = rollout.values[row][rollout.mask[row, 1:].bool()].tolist()
+        # the value of a token is said in front of it
+        assert values == pytest.approx(score_ids(alone, [ids[: len(ids) - size + t] for t in range(size)]), abs=1e-5)
+
+
+def test_a_critic_of_its_own_is_trained_saved_and_loaded(with_critic, tmp_path):
+    trainer = with_critic(total_episodes=16)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    now = dict(trainer.model.named_parameters())
+    moved = {name for name, old in before.items() if not torch.equal(old, now[name])}
+    assert moved == {name for name, parameter in now.items() if parameter.requires_grad}
+    assert {name.split(".")[-2] for name in moved} == {"default", "critic"}
+    trainer._save(tmp_path / "saved")
+    other = with_critic()
+    other._load_from_checkpoint(str(tmp_path / "saved"))
+    for name, parameter in other.model.named_parameters():
+        assert parameter.requires_grad == now[name].requires_grad, name
+        assert torch.equal(parameter, now[name]) or "original_module" in name, name  # the base's own head has no use
+    base = load_base(
+        ModelConfig(model_name_or_path=trainer.model.get_base_model().name_or_path), trainer.processing_class
+    )
+    policy = PeftModel.from_pretrained(base, tmp_path / "saved")
+    for name, tensor in get_peft_model_state_dict(policy).items():
+        assert torch.equal(tensor, get_peft_model_state_dict(trainer.model, adapter_name="default")[name]), name
+
+
+# Guards
+
+
+def test_what_is_not_policy_or_critic_is_not_optimised(make_trainer):
+    trainer = make_trainer()
+    next(p for name, p in trainer.model.named_parameters() if ".reference." in name).requires_grad_(True)
+    with pytest.raises(RoleError, match="1 are frozen that should not.*reference"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("role", ["reference", "reward"])
+def test_a_frozen_role_that_was_changed_is_named(role, make_trainer):
+    trainer = make_trainer(adapters=["reward"])
+    weight = [p for name, p in trainer.model.named_parameters() if f".{role}." in name][-1]
+    rollout = trainer.rollout
+
+    def tampering(*args):
+        weight.data += 1e-6
+        return rollout(*args)
+
+    trainer.rollout = tampering
+    with pytest.raises(RoleError, match=f"The adapter {role} is frozen.*found at step 4"):
+        trainer.train()
+
+
+def broken_at(trainer, steps, break_):
+    """Let `break_` spoil the minibatch of these optimiser steps; the weights before each step, and at the end."""
+    weights, begin = [], trainer._begin_step
+
+    def begin_and_break(inputs):
+        weights.append([p.detach().clone() for p in trainer.model.parameters() if p.requires_grad])
+        begin(inputs)
+        if trainer.state.global_step in steps:
+            break_(trainer)
+
+    trainer._begin_step = begin_and_break
+    return weights
+
+
+def no_number_in_the_returns(trainer):
+    trainer._minibatch.returns[-1] = torch.nan
+
+
+def no_number_in_a_gradient(trainer):
+    weight = next(p for name, p in trainer.model.named_parameters() if "lora_B.default" in name)
+    handle = weight.register_hook(lambda gradient: handle.remove() or gradient * torch.inf)
+
+
+@pytest.mark.parametrize("break_", [no_number_in_the_returns, no_number_in_a_gradient])
+def test_a_minibatch_that_is_not_finite_changes_nothing_and_is_counted(break_, make_trainer):
+    trainer = make_trainer(
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, weight_decay=0.1, adam_beta1=0.9
+    )
+    weights = broken_at(trainer, {1}, break_)
+    trainer.train()
+    weights.append([p.detach() for p in trainer.model.parameters() if p.requires_grad])
+    same = [all(map(torch.equal, *pair)) for pair in itertools.pairwise(weights)]
+    assert same == [False, True, False, False]
+    rows = [row for row in trainer.state.log_history if "val/skipped_minibatches" in row]
+    assert [row["val/skipped_minibatches"] for row in rows][:4] == [0, 1, 1, 1]
+    states = trainer.optimizer.state.values()
+    assert {state["step"].item() for state in states} == {3.0}  # the averages of AdamW did not move either
+
+
+def test_too_many_in_a_row_stop_the_run_and_the_minibatch_is_saved(make_trainer, tmp_path):
+    trainer = make_trainer(max_skipped_minibatches=1)
+    weights = broken_at(trainer, {0, 2, 3}, no_number_in_the_returns)  # not in a row: 0; one too many: 3
+    with pytest.raises(NonFiniteError, match="2 minibatches in a row.*nonfinite_minibatch_0"):
+        trainer.train()
+    assert len(weights) == 4 and trainer.ppo_state.skipped == 3
+    saved = load_file(tmp_path / "trainer" / "nonfinite_minibatch_0.safetensors")
+    assert saved["returns"][-1].isnan().all() and saved["input_ids"].shape[0] == 4
+
+
+def test_rollouts_use_the_cache_and_no_checkpointing(make_trainer):
+    trainer = make_trainer(gradient_checkpointing=True)
+    trainer.model.train()
+    widths, layer = [], trainer.model.get_base_model().model.layers[0]
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append((args[0].shape[1], module.gradient_checkpointing)), with_kwargs=True
+    )
+    trainer.rollout(some_rows(trainer), {})
+    assert [width for width, _ in widths].count(1) == 5  # six tokens: the prompt gives the first one
+    assert not any(checkpointed for _, checkpointed in widths) and layer.gradient_checkpointing
+
+
+def test_rates_of_dropout_that_are_plain_numbers_are_found():
+    """OPT keeps its rates as attributes of the attention and of the layer, which no search for nn.Dropout finds."""
+    config = OPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, vocab_size=20, dropout=0.1,
+                       attention_dropout=0.2, word_embed_proj_dim=16)  # fmt: skip
+    found = {getattr(module, attribute) for _, module, attribute in dropouts(OPTForCausalLM(config))}
+    assert found == {0.1, 0.2}
 
 
 # Learning

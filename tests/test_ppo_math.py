@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from rlhf.ppo_math import (
     adapted_kl_coef,
-    explained_variance,
     advantages_and_returns,
+    explained_variance,
     kl_k3,
     kl_penalised_rewards,
     masked_mean,
