@@ -84,7 +84,7 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig,
         model = with_adapter(model, parents.sft_adapter, "reference")
         adapters, functions, weights = add_rewards(model, parents)
         if training_args.value_model == "adapter":
-            model = with_adapter(model, _start_of_critic(parents), VALUE_ADAPTER, trainable=True)
+            model = with_adapter(model, start_of_critic(parents), VALUE_ADAPTER, trainable=True)
         trainer = PPOTrainer(
             model=model,
             args=training_args,
@@ -152,7 +152,12 @@ def add_rewards(model: PeftModel, parents: ParentConfig) -> tuple[list[str], lis
     return adapters, functions, weights
 
 
-def _start_of_critic(parents: ParentConfig) -> str:
+def start_of_critic(parents: ParentConfig) -> str:
+    """The folder of the first reward adapter.
+
+    Raises:
+        ValueError: if there is none.
+    """
     for source in parents.sources():
         if _is_adapter(source):
             return source

@@ -1,7 +1,10 @@
 """PPOTrainer: roles, rewards, the check of the ratio, gradients, learning, and resuming."""
 
 import itertools
+import json
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,11 +22,13 @@ from rlhf.generate import left_pad
 from rlhf.lora import with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer
 from rlhf.pipeline import config_classes
+from rlhf.ppo import add_rewards, start_of_critic
 from rlhf.ppo_trainer import VALUE_HEAD_FILE, NonFiniteError, PPOConfig, PPOTrainer, RatioError
 from rlhf.rewards import persona_rule, score_ids
 from rlhf.roles import RoleError, dropouts
 from rlhf.rollouts import RolloutSampler, as_batch
 
+ROOT = Path(__file__).parents[1]
 ARGS = {
     "use_cpu": True, "seed": 3, "report_to": "none", "per_device_train_batch_size": 4, "response_length": 6,
     "logging_steps": 1, "learning_rate": 1e-2, "gradient_checkpointing": False, "save_strategy": "no",
@@ -709,7 +714,8 @@ def uninterrupted(train, tiny_llama, dataset, sft_run, reward_run, tmp_path_fact
     keys = {
         "model_name_or_path": tiny_llama, "dataset": dataset, "sft_adapter": sft_run.folder,
         "reward_adapter": reward_run.folder, "total_episodes": 48, "save_steps": 6, "save_total_limit": None,
-        "load_best_model_at_end": False, "metric_for_best_model": None,
+        "load_best_model_at_end": False, "metric_for_best_model": None, "kl_target": 0.1, "kl_horizon": 100,
+        "normalize_rewards": True, "rewards": f'{{"{reward_run.folder}": 0.5, "rlhf.rewards:persona_rule": 2}}',
     }  # fmt: skip
     return train("ppo", tmp_path_factory.mktemp("resume") / "whole", **keys), keys
 
@@ -731,3 +737,52 @@ def test_resumed_training_is_bit_identical(step, uninterrupted, train, tmp_path)
         return [{k: v for k, v in row.items() if not k.startswith("train_")} for row in rows]
 
     assert without_times(resumed.rows("metrics.jsonl")) == without_times(whole.rows("metrics.jsonl"))
+    coefficients = [row["objective/kl_coef"] for row in resumed.rows("metrics.jsonl") if "objective/kl_coef" in row]
+    assert len(set(coefficients)) > 6  # the state that a checkpoint has to keep did move
+
+
+def test_the_script_takes_a_mixture_and_an_adapter_as_critic(
+    train, tiny_llama, dataset, sft_run, reward_run, tmp_path
+):
+    rewards = {str(reward_run.folder): 0.5, "rlhf.rewards:persona_rule": 2.0}
+    run = train(
+        "ppo", tmp_path / "ppo", model_name_or_path=tiny_llama, dataset=dataset, sft_adapter=sft_run.folder,
+        rewards=json.dumps(rewards), value_model="adapter", total_episodes=4, eval_strategy="no", save_strategy="no",
+        load_best_model_at_end=False, metric_for_best_model=None, gradient_checkpointing=True,
+    )  # fmt: skip
+    assert {name.split(".")[-2] for name in run.moved()} == {"default", "critic"}
+    row = next(row for row in run.rows("metrics.jsonl") if "objective/scores" in row)
+    total = 0.5 * row["rewards/reward/mean"] + 2.0 * row["rewards/persona_rule/mean"]
+    assert row["objective/scores"] == pytest.approx(total, abs=1e-6)
+    record = run.metadata()["rewards"]
+    assert {source: said["weight"] for source, said in record.items()} == rewards
+    assert record[str(reward_run.folder)]["hash"] and record["rlhf.rewards:persona_rule"]["hash"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--rewards={runs/x/none: 1}"], "holds neither a reward adapter .* nor a model"),
+        (["--reward_function=rlhf.rewards:persona_rule", "--value_model=adapter"], "starts from a reward adapter"),
+    ],
+)
+def test_rewards_that_are_not_there_are_named(words, reason):
+    _, parents, _, _ = parse(config_classes("ppo"), ["--output_dir=o", "--dataset=d", "--sft_adapter=s", *words])
+    with pytest.raises((ValueError, FileNotFoundError), match=reason):
+        add_rewards(None, parents)
+        start_of_critic(parents)
+
+
+# docs/ppo.md
+
+
+def test_nothing_of_trl_that_it_does_not_keep_is_imported():
+    for path in (ROOT / "rlhf").rglob("*.py"):
+        assert "trl.experimental" not in path.read_text(encoding="utf-8"), path
+
+
+def test_every_test_that_the_documentation_names_is_there():
+    named = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8"))
+    assert len(named) > 40
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / (file or "test_ppo.py")).read_text(encoding="utf-8"), name
