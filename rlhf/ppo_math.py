@@ -8,6 +8,7 @@ Sources: PPO, Schulman et al. 2017 (https://arxiv.org/abs/1707.06347); GAE, Schu
 Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO" (https://arxiv.org/abs/2403.17031).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -186,12 +187,12 @@ def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float, num_episodes: i
 
     Args:
         kl_coef: Of this rollout.
-        kl: Its mean KL divergence to the reference, in nats a reply.
+        kl: Its mean KL divergence to the reference, in nats a reply; what is not finite leaves the coefficient alone.
         kl_target: The divergence wanted, in the same unit.
         num_episodes: Replies of this rollout.
         kl_horizon: Replies in which a KL that is 20 % or more off changes the coefficient by about 20 %.
     """
-    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    error = min(max(kl / kl_target - 1, -0.2), 0.2) if math.isfinite(kl) else 0.0
     return kl_coef * (1 + error * num_episodes / kl_horizon)
 
 

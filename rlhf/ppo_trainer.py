@@ -354,6 +354,11 @@ class PPOTrainer(Trainer):
             with use_adapter(model, adapter):
                 for piece in pieces(batch, self.args.per_device_train_batch_size):
                     scores[adapter][piece.rows] = reward_scores(model.get_base_model(), **inputs_of(piece.batch))
+            if not scores[adapter].isfinite().all():
+                raise ValueError(
+                    f"The reward adapter {adapter!r} gave a score that is not finite. In float16 its base may overflow: "
+                    "load it in another `dtype`; else train the reward model again."
+                )
         if self.reward_functions:
             data = [json.loads(row["row"]) for row in rows]
             keys = dict.fromkeys(key for row in data for key in row if key not in ("prompt", "persona"))
@@ -487,7 +492,7 @@ class PPOTrainer(Trainer):
             for group in self.optimizer.param_groups:
                 group["lr"] = 0.0
         weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.stack([torch.where(torch.isnan(w), 0, w * 0).sum() for w in weights]).sum()
+        return torch.stack([(weight * 0).nan_to_num().sum() for weight in weights]).sum()
 
     def skip_unless_finite(self) -> None:
         """Before an optimiser step: drop the gradients where a loss or a gradient of the minibatch is not finite.

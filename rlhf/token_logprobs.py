@@ -5,8 +5,11 @@ loss reads, and never for more than `chunk_size` positions at a time
 (https://github.com/huggingface/trl/issues/3678).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 
@@ -26,7 +29,7 @@ def token_logprobs(
         token_ids: `(batch, length)`.
         mask: `(batch, length)`, non-zero where a log-probability is wanted.
         temperature: What the logits are divided by, as in sampling.
-        chunk_size: Positions projected at a time; their logits are recomputed in the backward pass.
+        chunk_size: Positions projected at a time; no logits are kept for the backward pass.
 
     Returns:
         Log-probabilities and entropies in nats, `(batch, length)`, float32, zero outside the mask. The entropy carries
@@ -34,22 +37,58 @@ def token_logprobs(
     """
     chosen = mask.bool()
     states, targets = hidden_states[chosen], token_ids[chosen]
-
-    def project(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = torch.log_softmax(lm_head(states).float() / temperature, dim=-1)
-        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
-        return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
-
     values, entropies = [], []
-    for start in range(0, len(targets), chunk_size):
-        piece = states[start : start + chunk_size], targets[start : start + chunk_size]
-        if torch.is_grad_enabled() and states.requires_grad:
-            value, entropy = checkpoint(project, *piece, use_reentrant=False)
+    for piece in zip(states.split(chunk_size), targets.split(chunk_size), strict=True):
+        if not (torch.is_grad_enabled() and states.requires_grad):
+            value, entropy = _project(*piece, lm_head, temperature)
+        elif _is_frozen(lm_head):
+            value, entropy = _FrozenHead.apply(*piece, lm_head, temperature)
         else:
-            value, entropy = project(*piece)
+            value, entropy = checkpoint(_project, *piece, lm_head, temperature, use_reentrant=False)
         values.append(value)
         entropies.append(entropy)
     empty = hidden_states.new_zeros(chosen.shape, dtype=torch.float32)
-    if not values:
+    if not len(targets):
         return empty + states.sum(), empty  # a sum of nothing: 0, and a backward pass has a way
     return empty.masked_scatter(chosen, torch.cat(values)), empty.masked_scatter(chosen, torch.cat(entropies))
+
+
+def _project(states: Tensor, targets: Tensor, lm_head: nn.Module, temperature: float) -> tuple[Tensor, Tensor]:
+    logits = lm_head(states).float() / temperature
+    normaliser = logits.logsumexp(-1)
+    values = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
+    with torch.no_grad():  # last, so that the recomputation of a checkpoint stops before it
+        entropy = normaliser - torch.softmax(logits, dim=-1).mul_(logits).sum(-1)
+    return values, entropy
+
+
+def _is_frozen(lm_head: nn.Module) -> bool:
+    return type(lm_head) is nn.Linear and not any(parameter.requires_grad for parameter in lm_head.parameters())
+
+
+class _FrozenHead(torch.autograd.Function):
+    """[`_project`] with its gradient worked out while the logits are there, as the frozen head of LoRA allows.
+
+    The gradient of a log-probability by its state is `(W[target] - softmax(logits) W) / temperature`. So the backward
+    pass needs neither logits nor head: two products with the head's matrix in place of a checkpoint's three.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, targets: Tensor, lm_head: nn.Linear, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        logits = linear(states, lm_head.weight, lm_head.bias).float() / temperature
+        normaliser = logits.logsumexp(-1)
+        values = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
+        probabilities = torch.softmax(logits, dim=-1)
+        expected = probabilities.to(lm_head.weight.dtype) @ lm_head.weight
+        ctx.save_for_backward((lm_head.weight[targets].float() - expected.float()) / temperature)
+        ctx.dtype = states.dtype
+        entropy = normaliser - probabilities.mul_(logits).sum(-1)
+        ctx.mark_non_differentiable(entropy)
+        return values, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (by_state,) = ctx.saved_tensors
+        return (gradients[0].unsqueeze(-1) * by_state).to(ctx.dtype), None, None, None

@@ -71,22 +71,30 @@ def trained(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def main(settings):
-    """Train, break, and write what came out of this rank."""
-    out, folders, path = Path(settings["out"]), settings["folders"], settings["rollout"]
-    report = {}
+def learn(out, folders, path):
+    """Both kinds of critic on the recorded rollout; what each step logged."""
+    logged = {}
     for value_model in ("head", "adapter"):
         checkpointing = value_model == "adapter"
         trainer = make(folders, out / value_model, value_model, gradient_checkpointing=checkpointing)
-        rank, world = trainer.args.process_index, trainer.args.world_size
-        assert world == dist.get_world_size() == 2
         on_recorded(trainer, path).train()
         assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
-        save_file(trained(trainer), out / f"{value_model}_{rank}.safetensors")
-        report[value_model] = [row for row in trainer.state.log_history if "loss/policy_avg" in row]
+        save_file(trained(trainer), out / f"{value_model}_{trainer.args.process_index}.safetensors")
+        logged[value_model] = [row for row in trainer.state.log_history if "loss/policy_avg" in row]
+    return logged
+
+
+def main(settings):
+    """Train, break, and write what came out of this rank."""
+    out, folders, path = Path(settings["out"]), settings["folders"], settings["rollout"]
+    report = {} if settings["deepspeed"] else learn(out, folders, path)
 
     # One micro-batch of rank 1 is broken: the first of two in step 1, the second of two in steps 2 and 3.
-    trainer = on_recorded(make(folders, out / "broken", max_skipped_minibatches=2, optim="adamw_torch"), path)
+    trainer = make(folders, out / "broken", max_skipped_minibatches=2, optim="adamw_torch", weight_decay=0.1)
+    rank = trainer.args.process_index
+    assert trainer.args.world_size == dist.get_world_size() == 2
+    assert trainer.is_deepspeed_enabled == settings["deepspeed"]
+    on_recorded(trainer, path)
     weights, begin = [], trainer._begin_step
 
     def begin_and_break(inputs):

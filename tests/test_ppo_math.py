@@ -199,6 +199,7 @@ def test_garbage_outside_the_mask_changes_neither_results_nor_gradients(function
         (12.0, 0.1 * (1 + 0.2 * 0.02)),  # 100 % over, held at 20 %; 200 of 10,000 replies
         (6.6, 0.1 * (1 + 0.1 * 0.02)),  # 10 % over
         (3.0, 0.1 * (1 - 0.2 * 0.02)),  # half: held at -20 %
+        (math.nan, 0.1),
         (-1.0, 0.1 * (1 - 0.2 * 0.02)),  # an estimate of a KL may be negative
     ],
 )

@@ -3,6 +3,7 @@
 One launch makes all that these tests look at; test_launch.py has the script itself on two ranks, with its rollouts.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.ppo_ranks import make, on_recorded, trained
@@ -42,19 +44,25 @@ def recorded(folders, tmp_path_factory):
     return folder / "rollout.safetensors"
 
 
-@pytest.fixture(scope="module")
-def ranks(folders, recorded, tmp_path_factory):
-    """What the two ranks wrote: a folder, and the report of each."""
-    out = tmp_path_factory.mktemp("ranks")
+def launch(out, folders, recorded, config, env=None):
+    """Run tests/ppo_ranks.py on two ranks; the report of each."""
     settings = {"out": str(out), "folders": folders, "rollout": str(recorded), "broken": [1, 2, 3]}
-    (out / "settings.json").write_text(json.dumps(settings))
-    config = ROOT / "accelerate_configs" / "two_t4.yaml"
+    (out / "settings.json").write_text(json.dumps({**settings, "deepspeed": "zero2" in config.name}))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--main_process_port", "0", str(ROOT / "tests" / "ppo_ranks.py"), str(out / "settings.json")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    ended = subprocess.run(
+        command, env={**os.environ, **shared, **(env or {})}, capture_output=True, text=True, timeout=600, check=False
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    return out, [json.loads((out / f"report_{rank}.json").read_text()) for rank in (0, 1)]
+    return [json.loads((out / f"report_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def ranks(folders, recorded, tmp_path_factory):
+    """What two ranks under DDP wrote: a folder, and the report of each."""
+    out = tmp_path_factory.mktemp("ranks")
+    return out, launch(out, folders, recorded, ROOT / "accelerate_configs" / "two_t4.yaml")
 
 
 @pytest.mark.parametrize("value_model", ["head", "adapter"])
@@ -98,9 +106,8 @@ def test_a_mean_of_the_ranks_own_means_would_not_be_that(folders, recorded, tmp_
     assert max((weights[name] - elsewhere[name]).abs().max() for name in weights) > 1e-5
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_both(ranks):
+def check_skipped(out, reports):
     """Steps 1, 2 and 3 are broken on rank 1, and two in a row are allowed."""
-    out, reports = ranks
     for rank, report in enumerate(reports):
         assert report["same"] == [False, True, True, True]
         assert report["skipped"] == [0, 1, 2]
@@ -111,3 +118,21 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_both(ranks):
     assert all(torch.equal(first[name], second[name]) and first[name].isfinite().all() for name in first)
     saved = [load_file(out / "broken" / f"nonfinite_minibatch_{rank}.safetensors") for rank in (0, 1)]
     assert [bool(minibatch["returns"].isnan().any()) for minibatch in saved] == [False, True]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_both(ranks):
+    check_skipped(*ranks)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_it_is_skipped_under_zero_2_too(folders, recorded, tmp_path):
+    """DeepSpeed steps within its backward pass: the weights stay since the learning rate of that step is 0."""
+    config = {
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "use_cpu": True, "num_machines": 1,
+        "num_processes": 2, "machine_rank": 0, "mixed_precision": "no", "main_training_function": "main",
+        "deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": 2, "offload_optimizer_device": "none",
+                             "offload_param_device": "none", "zero3_init_flag": False},
+    }  # fmt: skip
+    (tmp_path / "two_zero2.yaml").write_text(yaml.safe_dump(config))
+    reports = launch(tmp_path, folders, recorded, tmp_path / "two_zero2.yaml", {"DS_ACCELERATOR": "cpu"})
+    check_skipped(tmp_path, reports)

@@ -21,34 +21,41 @@ def inputs():
     return states, head, ids, mask
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk_size", [1, 4, 256])
-def test_equals_cross_entropy_and_its_gradients(inputs, temperature, chunk_size):
+def test_equals_cross_entropy_and_its_gradients(inputs, temperature, chunk_size, frozen):
     states, head, ids, mask = inputs
+    head.requires_grad_(not frozen)
+    by = [states] if frozen else [states, *head.parameters()]
     weights = torch.randn(BATCH, LENGTH)  # so that each position has a gradient of its own
 
     logprobs, _ = token_logprobs(states, head, ids, mask, temperature, chunk_size)
-    found = torch.autograd.grad((logprobs * weights).sum(), [states, *head.parameters()])
+    found = torch.autograd.grad((logprobs * weights).sum(), by)
 
     logits = head(states) / temperature
     reference = -cross_entropy(logits.transpose(1, 2), ids, reduction="none") * mask
-    expected = torch.autograd.grad((reference * weights).sum(), [states, *head.parameters()])
+    expected = torch.autograd.grad((reference * weights).sum(), by)
 
     assert_close(logprobs, reference)
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs)
 
 
-def test_entropy_is_that_of_the_distribution_sampled_from(inputs):
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+def test_entropy_is_that_of_the_distribution_sampled_from(inputs, frozen):
     states, head, ids, mask = inputs
+    head.requires_grad_(not frozen)
     _, entropy = token_logprobs(states, head, ids, mask, temperature=0.7, chunk_size=2)
     expected = torch.distributions.Categorical(logits=head(states) / 0.7).entropy() * mask
     assert_close(entropy, expected)
     assert not entropy.requires_grad
 
 
-def test_without_gradients_the_numbers_are_the_same(inputs):
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+def test_without_gradients_the_numbers_are_the_same(inputs, frozen):
     states, head, ids, mask = inputs
+    head.requires_grad_(not frozen)
     with torch.no_grad():
         logprobs, _ = token_logprobs(states, head, ids, mask)
     assert not logprobs.requires_grad
@@ -88,3 +95,14 @@ def test_the_head_is_never_asked_for_more_than_a_chunk(inputs):
     with torch.no_grad():
         token_logprobs(states, head, ids, mask, chunk_size=4)
     assert sizes == [4, 4, 1]  # the 9 masked positions, and none of the 12 others
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass(inputs, frozen):
+    """Chunks of 4, 4 and 1 positions, 11 logits each."""
+    states, head, ids, mask = inputs
+    head.requires_grad_(not frozen)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+        token_logprobs(states, head, ids, mask, chunk_size=4)
+    assert kept and not [shape for shape in kept if VOCABULARY in shape and shape != head.weight.shape]
