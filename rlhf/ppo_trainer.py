@@ -486,9 +486,8 @@ class PPOTrainer(Trainer):
 
     def _no_loss(self) -> Tensor:
         """A loss of zero that reaches every trainable weight, as DDP waits for them, with gradients of zero."""
-        if (
-            self.is_deepspeed_enabled
-        ):  # it steps within its backward pass, and with momentum; the scheduler sets it anew
+        if self.is_deepspeed_enabled:
+            # It steps within its backward pass, by its averages too. The scheduler sets the rate of the next step.
             for group in self.optimizer.param_groups:
                 group["lr"] = 0.0
         weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -505,9 +504,7 @@ class PPOTrainer(Trainer):
         state, limit = self.ppo_state, self.args.max_skipped_minibatches
         if not self._not_finite and self.accelerator.scaler is None:  # the fp16 scaler looks for itself
             grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            self._not_finite = (
-                not all(torch.stack([grad.isfinite().all() for grad in grads]).tolist()) if grads else False
-            )
+            self._not_finite = bool(grads) and not torch.stack([grad.isfinite().all() for grad in grads]).all().item()
         if not self._not_finite:
             state.skipped_in_a_row = 0
             return

@@ -114,6 +114,7 @@ def test_a_reward_that_cannot_be_had_is_refused_before_any_stage_runs(words, rea
 
 
 def test_policy_and_critic_move_and_no_other_role(ppo_run, sft_run, reward_run):
+    assert isinstance(ppo_run.trainer.model, PeftModel)  # else the Trainer saves the whole base
     trainable = {name for name, p in ppo_run.trainer.model.named_parameters() if p.requires_grad}
     assert ppo_run.moved() == trainable
     assert {"value_head" if "value_head" in name else "lora" for name in trainable} == {"value_head", "lora"}
@@ -585,6 +586,19 @@ def test_a_critic_of_its_own_is_trained_saved_and_loaded(with_critic, tmp_path):
     policy = PeftModel.from_pretrained(base, tmp_path / "saved")
     for name, tensor in get_peft_model_state_dict(policy).items():
         assert torch.equal(tensor, get_peft_model_state_dict(trainer.model, adapter_name="default")[name]), name
+
+
+def test_gradients_are_clipped(make_trainer):
+    """Plain SGD with learning rate 1: the length of a step is the norm of its clipped gradient."""
+    trainer = make_trainer(optim="sgd", learning_rate=1.0, max_grad_norm=0.01, total_episodes=4)
+    weights = broken_at(trainer, (), None)
+    trainer.train()
+    weights.append([p.detach() for p in trainer.model.parameters() if p.requires_grad])
+    norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+    assert min(norms) > 0.02  # of the whole gradient
+    for before, after in itertools.pairwise(weights):
+        step = torch.stack([(new - old).norm() for old, new in zip(before, after, strict=True)]).norm()
+        assert step.item() == pytest.approx(0.01, rel=1e-3)
 
 
 # Guards
