@@ -156,7 +156,7 @@ def use_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
             parameter.requires_grad_(before[key])
 
 
-def checkpoint_activations(model: PeftModel, **kwargs: Any) -> None:
+def checkpoint_activations(model: PeftModel, every_n_layers: int = 1, offload: bool = False, **kwargs: Any) -> None:
     """Turn gradient checkpointing on, so that activations are computed again under the adapter of their forward pass.
 
     PyTorch's own recomputation runs under whichever adapter is active in the backward pass: with two adapters in one
@@ -164,6 +164,8 @@ def checkpoint_activations(model: PeftModel, **kwargs: Any) -> None:
 
     Args:
         model: A PeftModel.
+        every_n_layers: As transformers has it.
+        offload: Likewise.
         kwargs: For `torch.utils.checkpoint.checkpoint`; `use_reentrant` is always False.
     """
 
@@ -171,7 +173,9 @@ def checkpoint_activations(model: PeftModel, **kwargs: Any) -> None:
         return contextlib.nullcontext(), _under(model, model.active_adapter)
 
     kwargs |= {"use_reentrant": False, "context_fn": contexts}
-    model.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    model.get_base_model().activation_checkpointing_enable(
+        activation_checkpointing_kwargs=kwargs, every_n_layers=every_n_layers, offload=offload
+    )
 
 
 @contextlib.contextmanager

@@ -676,15 +676,19 @@ def test_too_many_in_a_row_stop_the_run_and_the_minibatch_is_saved(make_trainer,
 
 
 def test_rollouts_use_the_cache_and_no_checkpointing(make_trainer):
-    trainer = make_trainer(gradient_checkpointing=True)
+    """Four replies of six tokens, decoded two at a time: the prompts of a batch give the first token, the cache the rest."""
+    trainer = make_trainer(gradient_checkpointing=True, generation_batch_size=2)
     trainer.model.train()
-    widths, layer = [], trainer.model.get_base_model().model.layers[0]
-    layer.register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append((args[0].shape[1], module.gradient_checkpointing)), with_kwargs=True
-    )
+    shapes, flags, layer = [], [], trainer.model.get_base_model().model.layers[0]
+
+    def look(module, args, kwargs):
+        shapes.append((len(args[0]), args[0].shape[1] == 1))
+        flags.append(module.gradient_checkpointing)
+
+    layer.register_forward_pre_hook(look, with_kwargs=True)
     trainer.rollout(some_rows(trainer), {})
-    assert [width for width, _ in widths].count(1) == 5  # six tokens: the prompt gives the first one
-    assert not any(checkpointed for _, checkpointed in widths) and layer.gradient_checkpointing
+    assert shapes == [*2 * [(2, False), *5 * [(2, True)]], (4, False), (4, False)]  # then policy and reference
+    assert not any(flags) and layer.gradient_checkpointing
 
 
 def test_rates_of_dropout_that_are_plain_numbers_are_found():
