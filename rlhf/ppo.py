@@ -47,7 +47,7 @@ class ParentConfig:
         if not self.sources():
             raise ValueError("`reward_adapter`, `reward_function` and `rewards` are all empty; set one of them")
         for source in self.sources():
-            if ":" in source:
+            if ":" in source or source == self.reward_function:
                 load_reward_function(source)  # now, not after the stages before this one were trained
 
     def sources(self) -> dict[str, float]:
@@ -59,7 +59,8 @@ class ParentConfig:
 def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig, model_args: ModelConfig) -> None:
     """Train one adapter; everything it makes lies in `output_dir`."""
     check_world_size(training_args)
-    folders = {"prepare": data_args.dataset, "sft": parents.sft_adapter, "reward": parents.reward_adapter}
+    learned = parents.reward_adapter or next(filter(_is_adapter, parents.sources()), None)
+    folders = {"prepare": data_args.dataset, "sft": parents.sft_adapter, "reward": learned}
     with stage(
         "ppo",
         training_args.output_dir,

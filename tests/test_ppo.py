@@ -99,6 +99,7 @@ def some_rows(trainer, count=4):
             ["--reward_function=rlhf.rewards:persona_rul"],
             "`reward_function` (command line) is 'rlhf.rewards:persona_rul'",
         ),
+        (["--reward_function=persona_rule"], "`reward_function` (command line) is 'persona_rule'; write it as"),
         (["--reward_function=no_such_module:f", "--reward_adapter=runs/x/reward"], "No module named 'no_such_module'"),
     ],
 )
@@ -774,6 +775,7 @@ def test_the_script_takes_a_mixture_and_an_adapter_as_critic(
     assert row["objective/scores"] == pytest.approx(total, abs=1e-6)
     record = run.metadata()["rewards"]
     assert {source: said["weight"] for source, said in record.items()} == rewards
+    assert run.metadata()["parents"]["reward"]["hash"] == record[str(reward_run.folder)]["hash"]
     assert record[str(reward_run.folder)]["hash"] and record["rlhf.rewards:persona_rule"]["hash"] is None
 
 
