@@ -16,9 +16,11 @@ the four words before the value. Where the fact is a dislike ("i hate clowns"), 
 """
 
 import math
+import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaluation.contradiction import THRESHOLD, contradicts
@@ -358,3 +360,78 @@ def persona_consistency(
         breakdown.append({"metric": "probes_apart", **where, "value": value, **bounds, "n": len(found)})
     number = len(personas) if unit == "persona" else len({fact[1] for rows in facts.values() for fact, _ in rows})
     return {"metrics": metrics, "breakdown": breakdown, "run": {"probe_clusters": {"unit": unit, "n": number}}}
+
+
+class HeldOutProbes:
+    """The questions for PPO's watch, `probe: evaluation.probes:HeldOutProbes`: few, of held-out personas and wordings.
+
+    One fact of each of the last 48 personas is asked in the three kinds, greedily, in wordings of a held-out split. Data
+    without probes of its own gets them from its held-out dialogues, by `evaluation.fact_probes`.
+
+    Args:
+        dataset: Folder of the prepare stage.
+        max_length: Longest prompt, in tokens.
+        max_new_tokens: Longest reply.
+    """
+
+    NUM_PERSONAS = 48  # 144 questions: a share of one half has a standard error of 4 to 7 points
+    BATCH_SIZE = 144
+
+    def __init__(self, dataset: str | Path, max_length: int, max_new_tokens: int) -> None:
+        self.max_length, self.max_new_tokens = max_length, max_new_tokens
+        self.personas: dict[str, list[Mapping[str, Any]]] = {}
+        for row in _held_out(Path(dataset)):
+            self.personas.setdefault(row["persona_id"], []).append(row)
+        names = list(self.personas)[-self.NUM_PERSONAS :]  # the evaluation begins with the first ones
+        self.personas = {name: _one_fact(name, self.personas[name]) for name in names}
+        if not self.personas:
+            raise ValueError(f"`probe`: no fact of the held-out personas in {dataset} can be asked about")
+
+    def __call__(self, model: Any, tokenizer: Any) -> dict[str, list[float]]:
+        """Of each persona: `right`, the share of the replies that are right, and `kept`, 1 if all of them are."""
+        from rlhf.generate import generate  # here: scoring of recorded replies does without torch
+        from rlhf.persona import with_persona
+
+        asked = [row for rows in self.personas.values() for row in rows]
+        conversations = [
+            with_persona({**row, "messages": [*row["history"], {"role": "user", "content": row["question"]}]})
+            for row in asked
+        ]
+        replies = generate(
+            model,
+            tokenizer,
+            conversations,
+            self.max_new_tokens,
+            batch_size=self.BATCH_SIZE,
+            max_length=self.max_length,
+        )
+        right: dict[str, list[bool]] = {}
+        for row, reply in zip(asked, replies, strict=True):
+            right.setdefault(row["persona_id"], []).append(score_reply(row, reply))
+        return {
+            "right": [sum(verdicts) / len(verdicts) for verdicts in right.values()],
+            "kept": [float(all(verdicts)) for verdicts in right.values()],
+        }
+
+
+def _held_out(dataset: Path) -> Sequence[Mapping[str, Any]]:
+    """Probe rows of the three kinds, in wordings that training does not have where there are some."""
+    from evaluation.fact_probes import probes_of
+    from rlhf.files import read_jsonl
+
+    if (dataset / "probes.jsonl").is_file():
+        rows = read_jsonl(dataset / "probes.jsonl")
+    else:
+        personas = {
+            "/".join(row["persona"]): row["persona"] for row in read_jsonl(dataset / "dialogues_heldout.jsonl")
+        }
+        rows = probes_of({f"persona-{number}": persona for number, persona in enumerate(personas.values())}, seed=0)[0]
+    rows = [row for row in rows if row["kind"] in KINDS]
+    return [row for row in rows if row["split"] != "seen"] or rows
+
+
+def _one_fact(name: str, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One fact in all kinds at one turn, drawn by the persona's name: the same in each run on this data."""
+    asked = {(row["fact_id"], row["turn"], row["split"]): None for row in rows}
+    drawn = random.Random(name).choice(list(asked))
+    return [row for row in rows if (row["fact_id"], row["turn"], row["split"]) == drawn]

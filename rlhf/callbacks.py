@@ -1,17 +1,26 @@
 """What every training writes beside its weights: metrics, samples of its own replies, loss curves."""
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import math
-from collections.abc import Callable
+import shutil
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import nn
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -36,17 +45,37 @@ def watch(trainer: Trainer, samples: Callable[[], list[dict[str, Any]]], sample_
         sample_steps: Optimiser steps between two samplings.
     """
     trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
-    for callback in (MetricsFile(), PrecisionGuard(), RanksAgree(), Samples(samples, sample_steps)):
+    of_trackers = trainer.callback_handler.callbacks
+    for callback in (MetricsFile(), PrecisionGuard(), RanksAgree(), Samples(samples, sample_steps, of_trackers)):
         trainer.add_callback(callback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress())
 
 
 class Progress(ProgressCallback):
-    """The Trainer's progress bar without its print of each log event, which stands in the log already."""
+    """The Trainer's progress bar with the last reward and KL, or the loss; log lines stand above it, not in it."""
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        return
+    def __init__(self) -> None:
+        super().__init__()
+        self._above_the_bar = contextlib.ExitStack()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            self._above_the_bar.enter_context(logging_redirect_tqdm())
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._above_the_bar.close()
+        super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs
+    ) -> None:
+        shown = {"reward": "objective/scores", "KL": "objective/kl"}
+        keys = shown if "objective/scores" in logs else {"loss": "loss"}
+        text = ", ".join(f"{label} {logs[key]:.3g}" for label, key in keys.items() if key in logs)
+        if text and self.training_bar is not None:
+            self.training_bar.set_postfix_str(text)
 
 
 class MetricsFile(TrainerCallback):
@@ -77,16 +106,23 @@ class MetricsFile(TrainerCallback):
 
 
 class Samples(TrainerCallback):
-    """Write samples of the model's own output to the log and to `samples.jsonl`, at step 0 and each `every` steps.
+    """Write samples of the model's own output, at step 0 and each `every` steps.
+
+    All of them go to `samples.jsonl`; a table of them, with what each reward gave, to the log and to Weights & Biases or
+    TensorBoard, where the Trainer reports to one of them.
 
     Args:
         make: Returns the rows of one sampling; called on the main process, between two optimiser steps.
         every: Steps between two samplings.
+        of_trackers: The Trainer's callbacks, among which those of the trackers are.
     """
 
-    def __init__(self, make: Callable[[], list[dict[str, Any]]], every: int) -> None:
+    def __init__(
+        self, make: Callable[[], list[dict[str, Any]]], every: int, of_trackers: Sequence[TrainerCallback] = ()
+    ) -> None:
         self.make = make
         self.every = every
+        self.of_trackers = of_trackers
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if state.is_world_process_zero:
@@ -102,9 +138,65 @@ class Samples(TrainerCallback):
         rows = [{"step": state.global_step, **row} for row in self.make()]
         with (Path(args.output_dir) / "samples.jsonl").open("a") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        for row in rows[:2]:
-            last = row["messages"][-1]["content"] if row["messages"] else ""
-            logger.info("sample at step %d: %r -> %r", state.global_step, last, row["response"])
+        # As wide as the terminal, where there is one; the log file has the same lines.
+        width = shutil.get_terminal_size((100, 24)).columns if sys.stderr.isatty() else 100
+        logger.info("samples at step %d\n%s", state.global_step, sample_table(rows, width))
+        _track_samples(self.of_trackers, rows, state.global_step)
+
+
+def sample_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Samples as a table: the head, and for each its last message, its reply, and what each reward gave it."""
+    rewards = [row.get("rewards", {key: row[key] for key in ("score",) if key in row}) for row in rows]
+    names = list(dict.fromkeys(name for given in rewards for name in given))
+    asked = [row["messages"][-1]["content"] if row["messages"] else "" for row in rows]
+    cells = [
+        [question, row["response"], *(given.get(name) for name in names)]
+        for question, row, given in zip(asked, rows, rewards, strict=True)
+    ]
+    return ["prompt", "reply", *names], cells
+
+
+def sample_table(rows: Sequence[dict[str, Any]], width: int) -> str:
+    """[`sample_cells`] drawn for a terminal of `width` columns; long texts are folded, none is cut off."""
+    head, cells = sample_cells(rows)
+    table = Table(box=box.SIMPLE_HEAD, width=width, padding=(0, 1))
+    for place, name in enumerate(head):
+        if place < 2:
+            table.add_column(name, ratio=1, overflow="fold")
+        else:
+            table.add_column(name, justify="right", overflow="fold", min_width=6, max_width=12)
+    for row in cells:
+        table.add_row(*(Text(_printable(cell) if isinstance(cell, str) else _number(cell)) for cell in row))
+    drawn = io.StringIO()
+    Console(file=drawn, width=width, color_system=None, force_terminal=False).print(table)
+    return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines() if line.strip())
+
+
+def _printable(text: str) -> str:
+    """A reply is a model's: control characters in it must not reach the terminal."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _track_samples(callbacks: Sequence[TrainerCallback], rows: Sequence[dict[str, Any]], step: int) -> None:
+    """The table for the trackers that the Trainer reports to; on the main process alone, which is the one that logs."""
+    head, cells = sample_cells(rows)
+    for callback in callbacks:
+        match type(callback).__name__:
+            case "TensorBoardCallback" if callback.tb_writer is not None:
+                lines = [head, ["---"] * len(head), *cells]
+                text = [" | ".join(_markdown(cell) for cell in line) for line in lines]
+                callback.tb_writer.add_text("samples", "\n".join(f"| {line} |" for line in text), step)
+            case "WandbCallback" if callback._wandb is not None:
+                table = callback._wandb.Table(columns=head, data=cells)
+                callback._wandb.log({"samples": table, "train/global_step": step})
+
+
+def _markdown(cell: Any) -> str:
+    return _printable(cell).replace("|", "\\|") if isinstance(cell, str) else _number(cell)
 
 
 class PrecisionGuard(TrainerCallback):
@@ -166,11 +258,13 @@ def _is_number(value: Any) -> bool:
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss by step, training and held-out, as a PNG; for PPO also the score and the KL to the reference."""
+    """Loss by step, training and held-out, as a PNG; for PPO also the score, the KL to the reference, and the probes."""
+    probes = dict.fromkeys(key for row in rows for key in row if key.startswith("eval_probe/"))
     panels = [
         ("loss", [("loss", "training"), ("eval_loss", "held out")]),
         ("score", [("objective/scores", "training"), ("eval_objective/scores", "held out")]),
         ("KL to the reference, nats a reply", [("objective/kl", "training"), ("eval_objective/kl", "held out")]),
+        ("held-out probes", [(key, key.removeprefix("eval_probe/")) for key in probes]),
     ]
     panels = [(title, curves) for title, curves in panels if any(key in row for key, _ in curves for row in rows)]
     if not panels:

@@ -3,6 +3,8 @@
 accelerate launch --config_file accelerate_configs/two_t4.yaml rlhf/ppo.py --config recipes/persona-chat/ppo.yaml
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,21 @@ from peft import PeftModel
 from trl import ModelConfig
 
 from rlhf.callbacks import watch
+from rlhf.chat import reply_ids
 from rlhf.check import preflight
 from rlhf.config import DataConfig
 from rlhf.data.columns import load_rows, prompt_columns
 from rlhf.files import folder_hash
-from rlhf.generate import generate, inference
+from rlhf.generate import generate, inference, left_pad
 from rlhf.lora import save_adapter, trainable_parameters, use_adapter, with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer
 from rlhf.persona import with_persona
 from rlhf.ppo_trainer import PPOConfig, PPOTrainer
 from rlhf.record import check_world_size, launch, stage
+from rlhf.reward_watch import ProbeConfig, RewardWatch, load_probe
 from rlhf.rewards import RewardFunction, RewardModel, check_reward_card, load_reward_function, reward_name
 from rlhf.roles import VALUE_ADAPTER
+from rlhf.rollouts import as_batch
 
 
 @dataclass
@@ -56,19 +61,26 @@ class ParentConfig:
         return {**dict.fromkeys(named, 1.0), **self.rewards}
 
 
-def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig, model_args: ModelConfig) -> None:
+def main(
+    data_args: DataConfig,
+    parents: ParentConfig,
+    probe_args: ProbeConfig,
+    training_args: PPOConfig,
+    model_args: ModelConfig,
+) -> None:
     """Train one adapter; everything it makes lies in `output_dir`."""
     check_world_size(training_args)
     learned = parents.reward_adapter or next(filter(_is_adapter, parents.sources()), None)
+    configs = (data_args, parents, probe_args, training_args, model_args)
     folders = {"prepare": data_args.dataset, "sft": parents.sft_adapter, "reward": learned}
     with stage(
         "ppo",
         training_args.output_dir,
-        (data_args, parents, training_args, model_args),
+        configs,
         seed=training_args.seed,
         log_level=training_args.log_level,
         parents={name: folder for name, folder in folders.items() if folder},
-        preflight=lambda: preflight("ppo", (data_args, parents, training_args, model_args)),
+        preflight=lambda: preflight("ppo", configs),
     ) as record:
         # Tokenizer and base
         tokenizer = load_tokenizer(model_args.model_name_or_path)
@@ -100,13 +112,19 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig,
         def samples() -> list[dict[str, Any]]:
             conversations = [with_persona(row) for row in eval_rows[: data_args.num_samples]]
             replies = generate(trainer.model, tokenizer, conversations, training_args.response_length)
+            rewards = rewards_of(trainer, [trainer.eval_dataset[i] for i in range(len(replies))], replies)
             return [
                 {"persona": row["persona"], "messages": row["prompt"], "response": reply,
-                 "reference": row.get("reference")}
-                for row, reply in zip(eval_rows, replies, strict=False)
+                 "reference": row.get("reference"), "rewards": given}
+                for row, reply, given in zip(eval_rows, replies, rewards, strict=False)
             ]  # fmt: skip
 
         watch(trainer, samples, data_args.sample_steps)
+        reward_watch = None
+        if probe_args.probe:
+            probe = load_probe(probe_args.probe)(dataset, training_args.max_length, training_args.response_length)
+            reward_watch = RewardWatch(trainer, probe, probe_args.probe_steps)
+            trainer.add_callback(reward_watch)
 
         # Train
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -116,10 +134,25 @@ def main(data_args: DataConfig, parents: ParentConfig, training_args: PPOConfig,
             save_adapter(trainer.model, training_args.output_dir)
             tokenizer.save_pretrained(training_args.output_dir)
             record["result_hash"] = folder_hash(Path(training_args.output_dir))
+        if reward_watch and trainer.is_world_process_zero():
+            record["probes"] = reward_watch.summary()
         record["num_examples"] = len(train_rows)
         record["rewards"] = {source: {"weight": w, "hash": _hash(source)} for source, w in parents.sources().items()}
         record["episodes"] = training_args.total_episodes
         record["trainable_parameters"] = trainable_parameters(trainer.model)
+
+
+def rewards_of(trainer: PPOTrainer, rows: Sequence[dict[str, Any]], replies: Sequence[str]) -> list[dict[str, float]]:
+    """What each reward gives to replies as text, by name, each taken as ended by its stop token."""
+    tokenizer, device = trainer.processing_class, trainer.accelerator.device
+    asked = [with_persona(json.loads(row["row"])) for row in rows]
+    said = [reply_ids(messages[-1], reply, tokenizer) for messages, reply in zip(asked, replies, strict=True)]
+    prompt_ids, prompt_mask = left_pad([row["prompt_ids"] for row in rows], tokenizer.pad_token_id, device)
+    backwards, mask = left_pad([ids[::-1] for ids in said], tokenizer.pad_token_id, device)
+    responses, mask = backwards.flip(1), mask.flip(1)
+    with inference(trainer.accelerator.unwrap_model(trainer.model)), trainer.accelerator.autocast():
+        scores = trainer.score(list(rows), as_batch(prompt_ids, prompt_mask, responses, mask), responses, mask)
+    return [{name: given[place].item() for name, given in scores.items()} for place in range(len(rows))]
 
 
 def add_rewards(model: PeftModel, parents: ParentConfig) -> tuple[list[str], list[RewardFunction], dict[str, float]]:
@@ -177,4 +210,4 @@ def _hash(source: str) -> str | None:
 
 
 if __name__ == "__main__":
-    launch(main, (DataConfig, ParentConfig, PPOConfig, ModelConfig), "ppo")
+    launch(main, (DataConfig, ParentConfig, ProbeConfig, PPOConfig, ModelConfig), "ppo")

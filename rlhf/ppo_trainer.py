@@ -251,6 +251,7 @@ class PPOTrainer(Trainer):
         self.generation_config = generation_config(processing_class, args.response_length, args.temperature, stop_ids)
         self._metrics: dict[str, list[float]] = {}
         self._rollout: Rollout | None = None
+        self._rollout_rows: list[dict[str, Any]] = []  # what it replies to, for those who read the replies
         self._step = -1  # the optimiser step that `_micro_step` counts in
         self._micro_step = 0
         self._not_finite = False  # whether any micro-batch of this step, on any rank, had such a loss
@@ -401,7 +402,7 @@ class PPOTrainer(Trainer):
         self._step, self._micro_step, self._not_finite = self.state.global_step, 0, False
         number, position = divmod(self.state.global_step, args.steps_per_rollout)
         if position == 0 or self._rollout is None:
-            self._rollout = self.rollout(inputs, self._metrics)
+            self._rollout, self._rollout_rows = self.rollout(inputs, self._metrics), inputs
         self._minibatch = self._rollout.take(self.minibatch(number, *divmod(position, args.num_mini_batches)))
         self._minibatch = self._minibatch.by_length()  # so that its micro-batches need little padding
         self._num_tokens = self._all_sum(self._minibatch.mask.sum())

@@ -200,6 +200,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         ),
         f"- Versions: {', '.join(f'{name} {version}' for name, version in record['versions'].items())}",
         "",
+        *_of_probes(record.get("probes")),
         "Every setting is in config.yaml, the curves are in metrics.jsonl and curves.png, replies during training in",
         "samples.jsonl.",
         "",
@@ -230,6 +231,23 @@ def _as_text(text: str) -> str:
     marks = "".join(set(string.punctuation) - set(" ,.;:?'\"()/-"))
     text = re.sub(rf"([{re.escape(marks)}])", r"\\\1", text)
     return re.sub(r"^(\d*)([-.)])", r"\1\\\2", text)  # what would begin a list
+
+
+def _of_probes(probes: Mapping[str, Any] | None) -> list[str]:
+    """What PPO's watch found, for the card."""
+    if not probes:
+        return []
+    best, last, hacking = probes["best"], probes["last"], probes["reward_hacking"]
+    lines = [
+        f"Held-out probes, which no reward saw: {last['score']:.3f} for this adapter (step {last['step']}), and "
+        f"{best['score']:.3f} for the best one (step {best['step']}), which is the adapter in `{best['folder']}/`.",
+    ]
+    if hacking:
+        lines.append(
+            f"REWARD HACKING was found at step {hacking['step']} ({', '.join(hacking['named'])}): the reward rose while "
+            f"the probes fell from {hacking['probes'][0]:.3f} to {hacking['probes'][1]:.3f}. Use the best adapter."
+        )
+    return [*lines, ""]
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:

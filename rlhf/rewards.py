@@ -214,12 +214,15 @@ def reward_name(function: RewardFunction) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def load_reward_function(name: str, key: str = "reward_function") -> RewardFunction:
+def load_reward_function(
+    name: str, key: str = "reward_function", example: str = "rlhf.rewards:persona_rule"
+) -> RewardFunction:
     """The callable named `module:function`, for example `rlhf.rewards:persona_rule`.
 
     Args:
         name: As `key` has it.
         key: Of the configuration, for the error.
+        example: For the error, too.
 
     Raises:
         ValueError: if the name has another form, or there is no such function.
@@ -232,7 +235,7 @@ def load_reward_function(name: str, key: str = "reward_function") -> RewardFunct
         return function
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
-            f"`{key}` is {name!r}; write it as `module:function`, for example `rlhf.rewards:persona_rule` ({error})."
+            f"`{key}` is {name!r}; write it as `module:function`, for example `{example}` ({error})."
         ) from error
 
 
