@@ -238,16 +238,18 @@ def _of_probes(probes: Mapping[str, Any] | None) -> list[str]:
     if not probes:
         return []
     best, last, hacking = probes["best"], probes["last"], probes["reward_hacking"]
-    lines = [
-        f"Held-out probes, which no reward saw: {last['score']:.3f} for this adapter (step {last['step']}), and "
-        f"{best['score']:.3f} for the best one (step {best['step']}), which is the adapter in `{best['folder']}/`.",
+    told = [
+        (
+            f"Held-out probes, which no reward saw: {last['score']:.3f} for this adapter (step {last['step']}), and "
+            f"{best['score']:.3f} for the best one (step {best['step']}), which is the adapter in `{best['folder']}/`."
+        )
     ]
     if hacking:
-        lines.append(
+        told.append(
             f"REWARD HACKING was found at step {hacking['step']} ({', '.join(hacking['named'])}): the reward rose while "
             f"the probes fell from {hacking['probes'][0]:.3f} to {hacking['probes'][1]:.3f}. Use the best adapter."
         )
-    return [*lines, ""]
+    return [*told, ""]
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:

@@ -85,20 +85,21 @@ class Trick(NamedTuple):
 
     name: str
     statistic: str  # of `reply_statistics`, or objective/kl
-    limit: float  # a factor of the statistic when it is positive and `ratio`, else what is added to it
+    limit: float  # where `ratio`, the factor that the statistic changes by; else what is added to it
     ratio: bool
     remedy: str
 
 
-# Limits are of the size of the bands that the report's guards allow a system beside its reference.
+# Three standard errors or more at two rollouts of 64 replies of six words. They are looked at after reward and probes
+# have parted, so that a low limit raises no alarm.
 TRICKS = (
-    Trick("longer replies", "reply/words", 1.5, True, "reward what a reply says for each of its words, or cap them"),
-    Trick("shorter replies", "reply/words", 1 / 1.5, True, "reward replies that answer, not replies that risk little"),
-    Trick("repetition", "reply/repetition", 0.1, False, "take repeated words off the reward"),
-    Trick("copying", "reply/copied", 0.25, False, "take words copied from the persona off the reward"),
-    Trick("reciting", "reply/facts", 1.5, True, "count a fact only where it was asked for"),
-    Trick("keyword overlap", "reply/persona_words", 0.2, False, "judge what is said of a fact, not its words"),
-    Trick("collapse", "reply/same", 0.25, False, "raise `kl_coef`, lower `learning_rate`: replies no longer differ"),
+    Trick("longer replies", "reply/words", 1.25, True, "cap them, or reward what they say for each of their words"),
+    Trick("shorter replies", "reply/words", 0.8, True, "reward replies that answer, not replies that risk little"),
+    Trick("repetition", "reply/repetition", 0.05, False, "take repeated words off the reward"),
+    Trick("copying", "reply/copied", 0.1, False, "take words copied from the persona off the reward"),
+    Trick("reciting", "reply/facts", 1.25, True, "count a fact only where it was asked for"),
+    Trick("keyword overlap", "reply/persona_words", 1.15, True, "judge what is said of a fact, not its words"),
+    Trick("collapse", "reply/same", 0.1, False, "raise `kl_coef` or lower `learning_rate`: replies no longer differ"),
 )
 
 

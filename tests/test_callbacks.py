@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import rlhf.callbacks
-from rlhf.callbacks import MetricsFile, RanksAgree, Samples, plot_curves
+from rlhf.callbacks import MetricsFile, Progress, RanksAgree, Samples, plot_curves, sample_table
 from rlhf.config import load_yaml
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.model import load_base
@@ -55,7 +55,7 @@ def test_run_folder(run):
         assert image.width >= 500
     log = (run.folder / "training.log").read_text().splitlines()
     stamped = [line for line in log if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) ", line)]
-    assert len(stamped) > 20 and any("sample at step 0" in line for line in log)
+    assert len(stamped) > 20 and any("samples at step 0" in line for line in log)
     assert any(re.search(r"step=\d+ .*loss=", line) for line in log)
     assert "adapter on" in (run.folder / "MODEL_CARD.md").read_text()
 
@@ -71,6 +71,8 @@ def test_metrics_and_samples(run):
     assert all(
         row["persona"] and row["messages"] and isinstance(row["response"], str) and row["reference"] for row in samples
     )
+    if run.metadata()["stage"] == "ppo":
+        assert all(list(row["rewards"]) == ["reward"] for row in samples)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -140,6 +142,92 @@ def test_curves(tmp_path):
     plot_curves([{"step": 1, "loss": 1.0, "objective/scores": 1.0, "objective/kl": 0.1}], tmp_path / "three.png")
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "three.png") as three:
         assert three.width == 3 * one.width
+
+
+# Samples as a table, and the progress bar
+
+ROWS = [
+    {"messages": [{"role": "user", "content": "so you have a cat , right ?"}], "response": "no , i have a dog .",
+     "rewards": {"reward": 2.125, "persona_rule": 1.0}},
+    {"messages": [], "response": "[red]a\x1b[31m\n" + "very " * 30 + "long reply", "rewards": {"reward": -0.5}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_table_of_samples(width):
+    lines = sample_table(ROWS, width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines[0].split() == ["prompt", "reply", "reward", "persona_rule"]
+    text = " ".join(" ".join(lines).split())
+    assert "so you have a cat" in text and text.count("very") == 30  # folded, and not cut off
+    assert "2.12" in text and "-0.5" in text  # 2.125 to three digits, half to even
+    assert "[red]a\ufffd[31m" in text and "\x1b" not in text  # neither markup nor a terminal's control
+
+
+def test_samples_of_a_reward_model_show_its_score():
+    rows = [{"messages": [{"role": "user", "content": "hi"}], "response": "hello", "score": 0.25}]
+    assert sample_table(rows, 80).splitlines()[0].split() == ["prompt", "reply", "score"]
+
+
+class TensorBoardCallback(TrainerCallback):
+    """A writer's place; `_track_samples` goes by the name of the class."""
+
+    def __init__(self):
+        self.tb_writer, self.texts = self, []
+
+    def add_text(self, *given):
+        self.texts.append(given)
+
+
+class WandbCallback(TrainerCallback):
+    def __init__(self):
+        self._wandb, self.logged = self, []
+
+    def Table(self, columns, data):  # noqa: N802 - as in wandb
+        return columns, data
+
+    def log(self, row):
+        self.logged.append(row)
+
+
+def test_samples_reach_the_trackers(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    board, wandb = TensorBoardCallback(), WandbCallback()
+    samples = Samples(lambda: [{**ROWS[0], "response": "a | b"}], 10, [board, wandb])
+    samples.on_step_end(args, TrainerState(global_step=10, is_world_process_zero=True), TrainerControl())
+    samples.on_step_end(args, TrainerState(global_step=20, is_world_process_zero=False), TrainerControl())
+    ((name, text, step),) = board.texts
+    assert (name, step) == ("samples", 10)
+    head, rule, row = text.splitlines()
+    assert head == "| prompt | reply | reward | persona_rule |" and rule == "| --- | --- | --- | --- |"
+    assert row == "| so you have a cat , right ? | a \\| b | 2.12 | 1 |"
+    ((columns, data),) = [row["samples"] for row in wandb.logged]
+    assert columns == ["prompt", "reply", "reward", "persona_rule"] and data[0][2:] == [2.125, 1.0]
+    assert wandb.logged[0]["train/global_step"] == 10
+
+
+def test_progress_bar_shows_reward_and_kl(tmp_path, capsys):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    state = TrainerState(global_step=0, max_steps=10, is_world_process_zero=True)
+    progress, log = Progress(), logging.getLogger("progress")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("SAID %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        progress.on_train_begin(args, state, TrainerControl())
+        logs = {"objective/scores": 1.2345, "objective/kl": 2.5, "loss": 0.1}
+        progress.on_log(args, state, TrainerControl(), logs=logs)
+        assert "reward 1.23, KL 2.5" in str(progress.training_bar) and "loss" not in str(progress.training_bar)
+        progress.on_log(args, state, TrainerControl(), logs={"eval_probe/right": 0.5})
+        assert "reward 1.23, KL 2.5" in str(progress.training_bar)  # until there is another one
+        log.warning("above")
+        progress.on_log(args, state, TrainerControl(), logs={"loss": 0.25})
+        assert "loss 0.25" in str(progress.training_bar)
+        progress.on_train_end(args, state, TrainerControl())
+        assert handler in logging.getLogger().handlers
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert "SAID above\n" in re.sub(".*\r", "", capsys.readouterr().err)  # on a line of its own, the bar being wiped
 
 
 # Precision: a 4-bit base on a T4, as far as a CPU can show it
