@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -96,7 +97,7 @@ TRICKS = (
     Trick("longer replies", "reply/words", 1.25, True, "cap them, or reward what they say for each of their words"),
     Trick("shorter replies", "reply/words", 0.8, True, "reward replies that answer, not replies that risk little"),
     Trick("repetition", "reply/repetition", 0.05, False, "take repeated words off the reward"),
-    Trick("copying", "reply/copied", 0.1, False, "take words copied from the persona off the reward"),
+    Trick("copying", "reply/copied", 0.15, False, "take words copied from the persona off the reward"),
     Trick("reciting", "reply/facts", 1.25, True, "count a fact only where it was asked for"),
     Trick("keyword overlap", "reply/persona_words", 1.15, True, "judge what is said of a fact, not its words"),
     Trick("collapse", "reply/same", 0.1, False, "raise `kl_coef` or lower `learning_rate`: replies no longer differ"),
@@ -311,7 +312,10 @@ class RewardWatch(TrainerCallback, ExportableState):
         probing.rewards = [rollout["reward"] for rollout in self.window]
 
     def _probe(self, args: TrainingArguments, state: TrainerState) -> None:
-        found = self.probe(self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.processing_class)
+        device = self.trainer.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # a probe may draw numbers
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            found = self.probe(model, self.trainer.processing_class)
         probing = Probing(state.global_step, [float(score) for score in next(iter(found.values()))])
         self._describe(probing)
         self.window = []

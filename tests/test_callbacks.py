@@ -183,7 +183,7 @@ class WandbCallback(TrainerCallback):
     def __init__(self):
         self._wandb, self.logged = self, []
 
-    def Table(self, columns, data):  # noqa: N802 - as in wandb
+    def Table(self, columns, data):
         return columns, data
 
     def log(self, row):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerState
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 from trl import ModelConfig
 
 from evaluation.probes import HeldOutProbes
@@ -102,7 +102,7 @@ def test_a_fall_within_the_noise_of_the_personas_is_none():
     assert first_fire(curve(*curves, spread=0.35)) is None  # of two independent spreads the difference has sqrt(2) one
 
 
-# `eval_probe/right` and the reward of each rollout between two probings: the demo's PPO, seed 42.
+# Recorded in the slow tests at the end, and, with the learned reward, in the demo's own PPO with three seeds.
 RECORDED = Path(__file__).with_name("ppo_curves.json")
 
 
@@ -348,7 +348,7 @@ def overlap(prompts, completions, **columns):
 
 
 BASE = Path(__file__).parents[1] / "recipes" / "demo" / "base"
-PROMPTS = [row for row in world.prompts(4000, 5) if len(row["prompt"]) <= 3]  # short ones, for time
+PROMPTS = [row for row in world.prompts(5000, 5) if len(row["prompt"]) <= 3]  # short ones, for time
 
 
 @pytest.fixture(scope="module")
@@ -359,26 +359,40 @@ def imitator(tmp_path_factory):
     """
     tokenizer, rng = load_tokenizer(str(BASE)), random.Random(0)
     model = load_base(ModelConfig(model_name_or_path=str(BASE)), tokenizer)
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = get_peft_model(model, lora_config(ModelConfig(lora_r=16, lora_alpha=32, lora_dropout=0.0), model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    columns = prompt_columns(PROMPTS[-24 * 32 :], tokenizer, 384)
-    for step in range(24):
-        rows = PROMPTS[-24 * 32 :][step * 32 : (step + 1) * 32]
-        said = [rng.choice(row["persona"]) if rng.random() < 0.4 else row["reference"] for row in rows]
-        replies = [reply_ids(row["prompt"][-1], text, tokenizer) for row, text in zip(rows, said, strict=True)]
-        prompts = [columns[step * 32 + i]["prompt_ids"] for i in range(32)]
-        ids, mask = left_pad([a + b for a, b in zip(prompts, replies, strict=True)], tokenizer.pad_token_id)
-        labels = ids.clone()
-        for label, reply in zip(labels, replies, strict=True):
-            label[: -len(reply)] = -100
+    rows = PROMPTS[::-1][: 24 * 32]
+    columns = prompt_columns(rows, tokenizer, 384)
+    for start in range(0, len(rows), 32):
+        ids, lengths = [], []
+        for index in range(start, start + 32):
+            row = rows[index]
+            said = rng.choice(row["persona"]) if rng.random() < 0.4 else row["reference"]
+            reply = reply_ids(row["prompt"][-1], said, tokenizer)
+            ids.append(columns[index]["prompt_ids"] + reply)
+            lengths.append(len(reply))
+        input_ids, mask = left_pad(ids, tokenizer.pad_token_id)
+        labels = input_ids.clone()
+        for label, length in zip(labels, lengths, strict=True):
+            label[:-length] = -100
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        model(input_ids=ids, attention_mask=mask, position_ids=positions, labels=labels).loss.backward()
+        model(input_ids=input_ids, attention_mask=mask, position_ids=positions, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     folder = tmp_path_factory.mktemp("imitator")
     model.save_pretrained(folder)
     return folder
+
+
+class StopWhenTold(TrainerCallback):
+    """The test has seen what it wants to see."""
+
+    def __init__(self, watch):
+        self.watch = watch
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = self.watch.told is not None
 
 
 def watched_ppo(reward, imitator, folder, seed, episodes, learning_rate):
@@ -393,12 +407,13 @@ def watched_ppo(reward, imitator, folder, seed, episodes, learning_rate):
         lr_scheduler_type="constant", response_length=16, missing_eos_penalty=1.0, gradient_checkpointing=False,
         save_strategy="no", logging_steps=4, disable_tqdm=True, total_episodes=episodes,
     )  # fmt: skip
-    columns = prompt_columns(PROMPTS[:800], tokenizer, 384)
+    columns = prompt_columns(PROMPTS[:1000], tokenizer, 384)
     trainer = PPOTrainer(model, args, columns, tokenizer, reward_functions=[reward])
     cast = world.characters(48, 5, held_out=True, held_out_slots=True)
     write_jsonl(folder / "probes.jsonl", (row for row in world.probes(cast, 5) if row["turn"] == 0))
     watch = RewardWatch(trainer, HeldOutProbes(folder, 384, 16), every=8)
     trainer.add_callback(watch)
+    trainer.add_callback(StopWhenTold(watch))
     trainer.train()
     (folder / "probings.json").write_text(json.dumps(watch.state()["probings"]))
     return watch
@@ -406,8 +421,8 @@ def watched_ppo(reward, imitator, folder, seed, episodes, learning_rate):
 
 @pytest.mark.slow
 def test_a_planted_hack_is_found_and_named(imitator, tmp_path, caplog):
-    """40 steps of 64 replies; it was said at the 32nd or the 40th of the seeds that were tried."""
-    watch = watched_ppo(overlap, imitator, tmp_path, seed=1, episodes=640, learning_rate=2e-3)
+    """It was found at step 32, of four a rollout of 64 replies: the probes were at 0.97 first, and at 0.66 from step 16."""
+    watch = watched_ppo(overlap, imitator, tmp_path, seed=1, episodes=1024, learning_rate=2e-3)
     assert watch.told["named"][0] == "keyword overlap" and watch.told["best_step"] < watch.told["step"]
     assert (
         watch.told["probes"][0] - watch.told["probes"][1] > 0.1 and watch.told["reward"][1] > watch.told["reward"][0]
