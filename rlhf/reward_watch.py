@@ -1,9 +1,9 @@
 """Does the policy get better, or only its reward? Held-out probes against the reward, and the name of the trick.
 
 A probe is a callable `(model, tokenizer) -> {name: scores}` that asks the policy on data which no reward sees: one score
-for each held-out persona, or whatever else is independent of the others, in the same order each time, higher being
-better. The first name is the one that is watched. A recipe names what makes a probe, `probe: module:name`, which is
-called once, before the training, as `name(dataset, max_length, max_new_tokens)`; a class will do:
+from 0 to 1 for each held-out persona, or whatever else is independent of the others, in the same order each time, higher
+being better. The first name is the one that is watched. A recipe names what makes a probe, `probe: module:name`, which
+is called once, before the training, as `name(dataset, max_length, max_new_tokens)`; a class will do:
 
     class Polite:
         def __init__(self, dataset, max_length, max_new_tokens):
@@ -165,9 +165,7 @@ class Probing:
     step: int
     scores: list[float]  # of the first name
     rewards: list[float] = field(default_factory=list)  # the mean score of each rollout
-    replies: dict[str, float] = field(
-        default_factory=dict
-    )  # `reply_statistics` and objective/kl, means over the rollouts
+    replies: dict[str, float] = field(default_factory=dict)  # means of `reply_statistics` and objective/kl
 
     @property
     def score(self) -> float:
@@ -316,7 +314,13 @@ class RewardWatch(TrainerCallback, ExportableState):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # a probe may draw numbers
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             found = self.probe(model, self.trainer.processing_class)
-        probing = Probing(state.global_step, [float(score) for score in next(iter(found.values()))])
+        probing = Probing(state.global_step, [float(score) for score in next(iter(found.values()), [])])
+        expected = len(self.probings[0].scores) if self.probings else max(1, len(probing.scores))
+        if len(probing.scores) != expected:
+            raise ValueError(
+                f"`probe` returned {len(probing.scores)} scores, where {expected} are needed. Return at least one "
+                "number a persona, for the same personas each time."
+            )
         self._describe(probing)
         self.window = []
         self.probings.append(probing)

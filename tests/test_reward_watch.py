@@ -326,6 +326,25 @@ def test_the_state_is_in_the_checkpoint(watched):
     assert kept  # the best of the first four
 
 
+@pytest.mark.parametrize("returned", [{}, {"right": []}, {"right": [1.0, 0.5]}])
+def test_scores_that_cannot_be_compared_are_refused(returned, watched):
+    watch = RewardWatch(watched.trainer, lambda model, tokenizer: returned, every=4)
+    watch.probings = [Probing(0, [0.5, 0.5, 0.5])]
+    with pytest.raises(ValueError, match=r"`probe` returned [02] scores, where 3 are needed"):
+        watch._probe(watched.trainer.args, TrainerState(global_step=4))
+
+
+def test_a_probe_changes_no_random_number_of_the_training(watched, monkeypatch):
+    monkeypatch.setattr(watched.trainer, "log", lambda logs: None)
+    watch = RewardWatch(watched.trainer, lambda model, tokenizer: {"drawn": torch.rand(3).tolist()}, every=4)
+    watch.probings = [Probing(0, [2.0] * 3)]  # so that nothing is saved
+    torch.manual_seed(7)
+    expected = torch.rand(4)
+    torch.manual_seed(7)
+    watch._probe(watched.trainer.args, TrainerState(global_step=4))
+    assert torch.equal(torch.rand(4), expected)
+
+
 def test_the_card_tells_of_a_hack(watched):
     record = watched.metadata()
     record["probes"]["reward_hacking"] = {"step": 80, "named": ["reciting", "copying"], "probes": [0.9, 0.5]}
