@@ -24,6 +24,7 @@ from trl import ModelConfig
 
 from rlhf.chat import Message, prepare_tokenizer, render_within
 from rlhf.model import load_base
+from rlhf.token_logprobs import hidden_states
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,7 @@ def reward_scores(base: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
 
     By the mask, not by pad ids: where the pad token is also the stop token, the stop token itself is scored.
     """
-    states = base.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    ).last_hidden_state
+    states = hidden_states(base, input_ids, attention_mask, position_ids)
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (positions * attention_mask).argmax(dim=1)
     chosen = states[torch.arange(len(last), device=last.device), last].float()

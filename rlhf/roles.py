@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 from rlhf.lora import role_hash, use_adapter
 from rlhf.rewards import RunningScale
-from rlhf.token_logprobs import token_logprobs
+from rlhf.token_logprobs import hidden_states, token_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,11 @@ def add_critic(model: PeftModel, value_model: str) -> None:
         nn.init.zeros_(base.value_head.weight)  # no opinion at first: advantages start as plain rewards
         nn.init.zeros_(base.value_head.bias)
 
-    def values_of(base: PreTrainedModel, states: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def values_of(base: PreTrainedModel, states: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         if value_model == "head":
             return _in_float32(base.value_head, states)
         with use_adapter(model, VALUE_ADAPTER):
-            return _in_float32(base.score, base.base_model(**inputs).last_hidden_state[:, :-1])
+            return _in_float32(base.score, hidden_states(base, **inputs)[:, :-1])
 
     @functools.wraps(type(base).forward)  # `generate` checks its arguments against the signature
     def forward(
@@ -75,10 +75,8 @@ def add_critic(model: PeftModel, value_model: str) -> None:
     ) -> Any:
         if response_mask is None:
             return own_forward(*args, **kwargs)
-        inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids")} | {
-            "use_cache": False
-        }
-        states = self.base_model(**inputs).last_hidden_state[:, :-1]
+        inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        states = hidden_states(self, **inputs)[:, :-1]
         mask, targets = response_mask[:, 1:], inputs["input_ids"][:, 1:]
         logprobs, entropy = token_logprobs(states, self.get_output_embeddings(), targets, mask, temperature)
         values = values_of(self, states, inputs) if with_values else torch.zeros_like(logprobs)

@@ -787,7 +787,7 @@ def test_the_script_takes_a_mixture_and_an_adapter_as_critic(
     ],
 )
 def test_rewards_that_are_not_there_are_named(words, reason):
-    _, parents, _, _ = parse(config_classes("ppo"), ["--output_dir=o", "--dataset=d", "--sft_adapter=s", *words])
+    _, parents, *_ = parse(config_classes("ppo"), ["--output_dir=o", "--dataset=d", "--sft_adapter=s", *words])
     with pytest.raises((ValueError, FileNotFoundError), match=reason):
         add_rewards(None, parents)
         start_of_critic(parents)

@@ -216,3 +216,107 @@ def test_explained_variance_by_hand():
     assert explained_variance(values, torch.ones(1, 4), mask).item() == 0  # nothing to explain
     double = explained_variance(values, returns, mask, all_sum=lambda x: 2 * x)  # two ranks with the same rows
     assert double.item() == pytest.approx(0.75)
+
+
+# Each function against a loop over single tokens in Python's own float64
+
+
+def random_example(seed):
+    """Arguments of every function in float64, runs of ones of any place and length, and garbage outside them."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (5, 7)
+    mask = torch.zeros(shape)
+    for row in range(5):
+        start, stop = sorted(torch.randint(0, 8, (2,), generator=generator).tolist())
+        mask[row, start:stop] = 1
+    mask[4, 2:6] = 1  # whatever the seed, not everything is empty
+    x, y, z = (torch.randn(shape, generator=generator, dtype=torch.float64) * 1.5 for _ in range(3))
+    for tensor in (x, y, z):
+        tensor[mask == 0] = 1e6
+    tokens = [[t for t in range(7) if mask[row, t]] for row in range(5)]
+    return x, y, z, mask, tokens
+
+
+def every(tokens):
+    return [(row, t) for row, places in enumerate(tokens) for t in places]
+
+
+def expect(found, expected):
+    assert found.dtype == torch.float64
+    assert_close(found, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+
+
+SEEDS = pytest.mark.parametrize("seed", range(5))
+
+
+@SEEDS
+def test_mean_and_whitening_in_a_loop(seed):
+    x, _, _, mask, tokens = random_example(seed)
+    kept = [x[place].item() for place in every(tokens)]
+    mean = math.fsum(kept) / len(kept)
+    expect(masked_mean(x, mask), mean)
+    expect(masked_mean(x, mask, num_tokens=40), math.fsum(kept) / 40)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in kept) / (len(kept) - 1) + 1e-8)
+    for shift_mean in (True, False):
+        expected = torch.zeros_like(x)
+        for place in every(tokens):
+            expected[place] = (x[place].item() - mean) / deviation + (0 if shift_mean else mean)
+        expect(masked_whiten(x, mask, shift_mean), expected)
+
+
+@SEEDS
+def test_rewards_and_divergences_in_a_loop(seed):
+    logprobs, ref_logprobs, scores, mask, tokens = random_example(seed)
+    scores = scores[:, 0].clamp(-9, 9)
+    rewards, k3, ratio = torch.zeros_like(logprobs), torch.zeros_like(logprobs), torch.ones_like(logprobs)
+    for row, t in every(tokens):
+        difference = logprobs[row, t].item() - ref_logprobs[row, t].item()
+        rewards[row, t] = -0.3 * difference + (scores[row].item() if t == tokens[row][-1] else 0)
+        k3[row, t] = math.exp(-difference) - 1 + difference
+        ratio[row, t] = math.exp(difference)
+    expect(kl_penalised_rewards(scores, logprobs, ref_logprobs, mask, 0.3), rewards)
+    expect(probability_ratio(logprobs, ref_logprobs, mask), ratio)
+    expect(kl_k3(logprobs, ref_logprobs) * mask, k3)
+
+
+@SEEDS
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (0.97, 0.0), (1.0, 1.0)])
+def test_advantages_as_the_sum_of_discounted_errors(seed, gamma, lam):
+    """The definition, a sum over all later tokens (Schulman et al. 2016, equation 16), not the recursion."""
+    rewards, values, _, mask, tokens = random_example(seed)
+    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    for row, places in enumerate(tokens):
+        for t in places:
+            for later in range(t, places[-1] + 1):
+                following = values[row, later + 1].item() if later < places[-1] else 0.0
+                error = rewards[row, later].item() + gamma * following - values[row, later].item()
+                advantages[row, t] += (gamma * lam) ** (later - t) * error
+            returns[row, t] = advantages[row, t] + values[row, t]
+    found = advantages_and_returns(rewards, values, mask, gamma, lam)
+    expect(found[0], advantages)
+    expect(found[1], returns)
+
+
+@SEEDS
+@pytest.mark.parametrize("cliprange", [0.2, 1.0])
+def test_losses_in_a_loop(seed, cliprange):
+    new, old, third, mask, tokens = random_example(seed)
+    surrogate, squared = [], []
+    for place in every(tokens):
+        a, b, c = new[place].item(), old[place].item(), third[place].item()
+        ratio = math.exp(a - b)
+        surrogate.append(max(-c * ratio, -c * min(max(ratio, 1 - cliprange), 1 + cliprange)))
+        held = b + min(max(a - b, -cliprange), cliprange)
+        squared.append(0.5 * max((a - c) ** 2, (held - c) ** 2))
+    expect(policy_loss(new, old, third, mask, cliprange), math.fsum(surrogate) / len(surrogate))
+    expect(value_loss(new, old, third, mask, cliprange), math.fsum(squared) / len(squared))
+
+
+def test_mean_and_whitening_by_hand():
+    x, mask = torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert_close(masked_mean(x, mask), torch.tensor(3.0))
+    assert_close(masked_mean(x, mask, num_tokens=2), torch.tensor(4.5))
+    # squared distances 4, 1, 9 over two degrees of freedom: a variance of 7
+    by_root_7 = torch.tensor([[-2.0, -1.0, 0.0], [3.0, 0.0, 0.0]]) / math.sqrt(7)
+    assert_close(masked_whiten(x, mask), by_root_7)
+    assert_close(masked_whiten(x, mask, shift_mean=False), by_root_7 + 3 * mask)

@@ -1,12 +1,16 @@
 """Log-probabilities of chosen tokens against torch's own functions on the full logits."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
-from rlhf.token_logprobs import token_logprobs
+from rlhf.token_logprobs import hidden_states, piece_sizes, token_logprobs
 
 BATCH, LENGTH, HIDDEN, VOCABULARY = 3, 7, 8, 11
 
@@ -21,41 +25,41 @@ def inputs():
     return states, head, ids, mask
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk_size", [1, 4, 256])
-def test_equals_cross_entropy_and_its_gradients(inputs, temperature, chunk_size, frozen):
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+def test_equals_cross_entropy_and_its_gradients(inputs, temperature, chunk_size, trained):
     states, head, ids, mask = inputs
-    head.requires_grad_(not frozen)
-    by = [states] if frozen else [states, *head.parameters()]
+    head.requires_grad_(trained)
     weights = torch.randn(BATCH, LENGTH)  # so that each position has a gradient of its own
+    leaves = [states, *(parameter for parameter in head.parameters() if trained)]
 
     logprobs, _ = token_logprobs(states, head, ids, mask, temperature, chunk_size)
-    found = torch.autograd.grad((logprobs * weights).sum(), by)
+    found = torch.autograd.grad((logprobs * weights).sum(), leaves)
 
     logits = head(states) / temperature
     reference = -cross_entropy(logits.transpose(1, 2), ids, reduction="none") * mask
-    expected = torch.autograd.grad((reference * weights).sum(), by)
+    expected = torch.autograd.grad((reference * weights).sum(), leaves)
 
     assert_close(logprobs, reference)
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
-def test_entropy_is_that_of_the_distribution_sampled_from(inputs, frozen):
+def test_entropy_is_that_of_the_distribution_sampled_from(inputs):
     states, head, ids, mask = inputs
-    head.requires_grad_(not frozen)
     _, entropy = token_logprobs(states, head, ids, mask, temperature=0.7, chunk_size=2)
     expected = torch.distributions.Categorical(logits=head(states) / 0.7).entropy() * mask
     assert_close(entropy, expected)
     assert not entropy.requires_grad
+    head.requires_grad_(False)
+    _, of_frozen = token_logprobs(states, head, ids, mask, temperature=0.7, chunk_size=2)
+    assert_close(of_frozen, expected)
+    assert not of_frozen.requires_grad
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
-def test_without_gradients_the_numbers_are_the_same(inputs, frozen):
+def test_without_gradients_the_numbers_are_the_same(inputs):
     states, head, ids, mask = inputs
-    head.requires_grad_(not frozen)
     with torch.no_grad():
         logprobs, _ = token_logprobs(states, head, ids, mask)
     assert not logprobs.requires_grad
@@ -97,12 +101,83 @@ def test_the_head_is_never_asked_for_more_than_a_chunk(inputs):
     assert sizes == [4, 4, 1]  # the 9 masked positions, and none of the 12 others
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
-def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass(inputs, frozen):
+def test_a_frozen_head_is_asked_once_for_a_position(inputs):
+    states, head, ids, mask = inputs
+    sizes = []
+    head.requires_grad_(False).register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    token_logprobs(states, head, ids, mask, chunk_size=4)[0].sum().backward()
+    assert sizes == [4, 4, 1]  # and not again in the backward pass
+
+
+def test_small_probabilities_keep_their_gradient_in_half_precision():
+    """50,000 tokens of probability 1e-8 each, which float16 would round to nothing, and which weigh 5e-4 together."""
+    head = nn.Linear(1, 50_001, dtype=torch.float16).requires_grad_(False)
+    head.weight.data.fill_(10.0)
+    head.bias.data.fill_(0.0)
+    head.weight.data[7], head.bias.data[7] = 0.0, -math.log(1e-8)
+    states = torch.zeros(1, 1, 1, dtype=torch.float16, requires_grad=True)
+    token_logprobs(states, head, torch.tensor([[7]]), torch.ones(1, 1))[0].sum().backward()
+    assert states.grad.item() == pytest.approx(-50_000 * 1e-8 * 10, rel=0.01)  # the bias is rounded to 18.42
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass(inputs, trained):
     """Chunks of 4, 4 and 1 positions, 11 logits each."""
     states, head, ids, mask = inputs
-    head.requires_grad_(not frozen)
+    head.requires_grad_(trained)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
         token_logprobs(states, head, ids, mask, chunk_size=4)
-    assert kept and not [shape for shape in kept if VOCABULARY in shape and shape != head.weight.shape]
+    weights = {(VOCABULARY, HIDDEN), (HIDDEN, VOCABULARY)}
+    assert kept and not [shape for shape in kept if VOCABULARY in shape and shape not in weights]
+
+
+# Hidden states without padding
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_qwen2"])
+@pytest.mark.parametrize("pass_tokens", [0, 192], ids=["many pieces", "few pieces"])
+def test_states_and_gradients_are_those_of_each_row_alone(name, pass_tokens, request, monkeypatch):
+    """Prompts of 3 to 40 tokens padded on the left, replies on the right, and a row of nothing."""
+    monkeypatch.setattr("rlhf.token_logprobs._PASS_TOKENS", pass_tokens)
+    model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(name)).eval()
+    torch.manual_seed(0)
+    ids, mask = torch.randint(5, 300, (6, 48)), torch.zeros(6, 48, dtype=torch.long)
+    for row, (start, stop) in enumerate([(37, 42), (0, 48), (20, 41), (1, 44), (36, 48), (40, 40)]):
+        mask[row, start:stop] = 1
+    weights = torch.randn(6, 48, 32)
+    passes = []
+    model.base_model.register_forward_hook(lambda module, args, output: passes.append(output[0].shape[:2]))
+
+    states = hidden_states(model, ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
+    assert states.shape == (6, 48, 32)
+    (states * weights)[mask.bool()].sum().backward()
+    found = {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
+    assert sum(rows for rows, _ in passes) == 6 and len(passes) == (6 if pass_tokens == 0 else 1)
+
+    model.zero_grad()
+    for row in range(5):
+        keep = mask[row].bool()
+        alone = model.base_model(input_ids=ids[row : row + 1, keep]).last_hidden_state[0]
+        assert_close(states[row, keep], alone, rtol=0, atol=2e-6)  # float32, other sizes of matrices
+        (alone * weights[row, keep]).sum().backward()
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert_close(found[key], parameter.grad, rtol=1e-4, atol=2e-5, msg=key)
+
+
+@pytest.mark.parametrize("pass_tokens", [0, 1, 5, 20, 1000])
+@pytest.mark.parametrize("lengths", [[9, 9, 9, 2, 2, 1], [30, 8, 7, 7, 3], [4], [0, 0], []])
+def test_pieces_cost_the_least(lengths, pass_tokens):
+    def cost(sizes):
+        starts = itertools.accumulate(sizes[:-1], initial=0)
+        return sum(size * lengths[start] + pass_tokens for start, size in zip(starts, sizes, strict=True))
+
+    sizes = piece_sizes(lengths, pass_tokens)
+    assert sum(sizes) == len(lengths) and all(size > 0 for size in sizes)
+    every = [
+        [stop - start for start, stop in itertools.pairwise([0, *cuts, len(lengths)])]
+        for count in range(len(lengths))
+        for cuts in itertools.combinations(range(1, len(lengths)), count)
+    ]
+    assert not lengths or cost(sizes) == min(map(cost, every))
