@@ -8,6 +8,7 @@ and are not compared here.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,14 +89,22 @@ def fact_items(rows: Iterable[Row]) -> dict[str, Items]:
 
 
 def likelihood_items(rows: Sequence[Row]) -> dict[str, Items]:
-    """Items of the perplexities (of a dialogue) and of hits@1 (of a reply), from the rows of `likelihoods.jsonl`."""
+    """Items of the perplexities and of hits@1 (of a reply), from the rows of `likelihoods.jsonl`.
+
+    A perplexity's item is a row: a long dialogue is several, each with its own replies, told apart by their order.
+    """
     items = {}
     _, clusters = independent(rows) if rows else ("", [])
     for name, of in COUNTS.items():
         chosen = [i for i, row in enumerate(rows) if of in row]
         if chosen:
             sums = np.array([[rows[i]["nats"], rows[i][of]] for i in chosen], dtype=np.float64)
-            keys = [json.dumps([rows[i]["dialogue_id"], rows[i]["persona"]]) for i in chosen]
+            seen: Counter[str] = Counter()
+            keys: list[Hashable] = []
+            for i in chosen:
+                dialogue = json.dumps([rows[i]["dialogue_id"], rows[i]["persona"]])
+                keys.append((dialogue, seen[dialogue]))
+                seen[dialogue] += 1
             items[name] = _averaged(keys, [clusters[i] for i in chosen], sums, nats_statistic(name))
     chosen = [i for i, row in enumerate(rows) if "hit" in row]
     if chosen:

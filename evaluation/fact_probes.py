@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from evaluation.contradiction import THRESHOLD, contradiction
+from rlhf.data.split import characters
 from rlhf.facts import NUMBER, Claim, as_usual, claims, lemma, lemmas, second_person
 
 Row = dict[str, Any]
@@ -115,7 +116,9 @@ def probes_of(
     """Probe rows for every fact that can be probed: three kinds in seen and held-out wordings, and two kinds apart.
 
     Args:
-        personas: Sentences in the first person, by the persona's id. Foils come from the other personas.
+        personas: Sentences in the first person, by the persona's id. Personas that share most of their sentences are one
+            character ([`rlhf.data.split.characters`]): their rows have the first one's `persona_id`, which is what
+            intervals are taken over, and foils come from other characters.
         seed: Of every draw. A persona's probes depend on it and on the values of the pool.
         histories: A dialogue that begins with the user, by persona; the probe is put on a copy of its first exchanges.
         turns: Numbers of exchanges before the probe; those but 0 need `histories` that are so long.
@@ -129,7 +132,10 @@ def probes_of(
     """
     if histories is None and any(turns):
         raise ValueError(f"`turns` = {tuple(turns)} needs `histories`: a dialogue of each persona that is so long")
-    pool = _pool(personas)
+    first: dict[int, str] = {}
+    together = characters([{"persona": list(persona)} for persona in personas.values()])
+    owners = {name: first.setdefault(number, name) for name, number in zip(personas, together, strict=True)}
+    pool = _pool(personas, owners)
     rows: list[Row] = []
     reasons: Counter[str] = Counter()
     short: Counter[int] = Counter()
@@ -137,7 +143,7 @@ def probes_of(
     for persona_id, persona in personas.items():
         sentences = list(dict.fromkeys(persona))
         number += len(sentences)
-        asked, left = _askable(persona_id, sentences, pool)
+        asked, left = _askable(owners[persona_id], sentences, pool)
         reasons.update(left)
         for turn in turns:
             history = list((histories or {}).get(persona_id, ()))[: 2 * turn]
@@ -146,7 +152,13 @@ def probes_of(
                 continue
             rng = random.Random(f"probes/{seed}/{persona_id}")  # the same questions at every turn
             rows += [
-                {**row, "history": history, "turn": turn, "probe_id": f"{row['probe_id']}/{turn}/{row['split']}"}
+                {
+                    **row,
+                    "persona_id": owners[persona_id],
+                    "history": history,
+                    "turn": turn,
+                    "probe_id": f"{row['probe_id']}/{turn}/{row['split']}",
+                }
                 for row in _rows(rng, persona_id, sentences, asked)
             ]
     scorable = number - reasons.total()
@@ -169,20 +181,20 @@ class _Asked(NamedTuple):
     foils: list[tuple[str, str]]
 
 
-_Pool = dict[tuple[str, bool], list[tuple[str, str, Claim]]]  # slot, positive: persona, sentence, claim
+_Pool = dict[tuple[str, bool], list[tuple[str, str, Claim]]]  # slot, positive: character, sentence, claim
 
 
-def _pool(personas: Mapping[str, Sequence[str]]) -> _Pool:
+def _pool(personas: Mapping[str, Sequence[str]], owners: Mapping[str, str]) -> _Pool:
     pool: _Pool = defaultdict(list)
     for persona_id, persona in personas.items():
         for sentence, claim in claims(persona):
-            pool[claim.slot, claim.positive].append((persona_id, sentence, claim))
+            pool[claim.slot, claim.positive].append((owners[persona_id], sentence, claim))
             if claim.slot.startswith("number of "):
-                pool["number of", True].append((persona_id, sentence, claim))
+                pool["number of", True].append((owners[persona_id], sentence, claim))
     return pool
 
 
-def _askable(persona_id: str, persona: Sequence[str], pool: _Pool) -> tuple[list[_Asked], Counter[str]]:
+def _askable(owner: str, persona: Sequence[str], pool: _Pool) -> tuple[list[_Asked], Counter[str]]:
     """The facts of a persona that can be probed, and how many cannot, by reason."""
     reasons: Counter[str] = Counter()
     found = dict(claims(persona))
@@ -201,7 +213,7 @@ def _askable(persona_id: str, persona: Sequence[str], pool: _Pool) -> tuple[list
         elif often[wordings[:1]] > 1:
             reasons["its question asks for other facts of the persona too"] += 1
         else:
-            foils = _foils(persona_id, sentence, claim, known, pool)
+            foils = _foils(owner, sentence, claim, known, pool)
             if not foils:
                 reasons["no other persona has a value of its slot"] += 1
                 continue
@@ -211,14 +223,14 @@ def _askable(persona_id: str, persona: Sequence[str], pool: _Pool) -> tuple[list
     return asked, +reasons
 
 
-def _foils(persona_id: str, sentence: str, claim: Claim, known: frozenset[str], pool: _Pool) -> list[tuple[str, str]]:
-    """(value, sentence) of other personas, in the slot; they share no word with this persona."""
+def _foils(owner: str, sentence: str, claim: Claim, known: frozenset[str], pool: _Pool) -> list[tuple[str, str]]:
+    """(value, sentence) of other characters, in the slot; they share no word with this persona."""
     if claim.slot.startswith("number of "):
-        return _other_numbers(persona_id, sentence, claim, pool)
+        return _other_numbers(owner, sentence, claim, pool)
     found = {
         other.value: text
-        for owner, text, other in pool[claim.slot, claim.positive]
-        if owner != persona_id
+        for other_owner, text, other in pool[claim.slot, claim.positive]
+        if other_owner != owner
         and not other.lemmas & known
         # one may live in a house and in colorado: in a slot with a single value the foil has to rule the fact out
         and (not claim.exclusive or contradiction(sentence, text).score >= THRESHOLD)
@@ -226,12 +238,12 @@ def _foils(persona_id: str, sentence: str, claim: Claim, known: frozenset[str], 
     return list(found.items())
 
 
-def _other_numbers(persona_id: str, sentence: str, claim: Claim, pool: _Pool) -> list[tuple[str, str]]:
+def _other_numbers(owner: str, sentence: str, claim: Claim, pool: _Pool) -> list[tuple[str, str]]:
     """The fact with the numbers that other personas state."""
     numbers = {
         word
-        for owner, _, other in pool["number of", True]
-        if owner != persona_id
+        for other_owner, _, other in pool["number of", True]
+        if other_owner != owner
         for word in re.findall(rf"\b{NUMBER}\b", other.value)
     }
     own = re.search(rf"\b{NUMBER}\b", claim.value)

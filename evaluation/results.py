@@ -76,7 +76,8 @@ def load_runs(runs: list[Path]) -> tuple[list[System], list[Stage], list[str]]:
     for run, title in zip(runs, titles, strict=True):
         prefix = f"{title} / " if len(runs) > 1 else ""
         records = (*run.glob("*/metadata.json"), *run.glob("*/metrics.jsonl"))
-        for name in ordered(STAGES[:-1], (path.parent.name for path in records), STAGES[-1:]):
+        folders = (path.parent.name for path in records if path.parent.suffix != ".previous")  # what was made anew
+        for name in ordered(STAGES[:-1], folders, STAGES[-1:]):
             if name in ("base", "pairs") and not (run / name).is_dir():
                 continue  # a recipe on somebody's pretrained model, or on the pairs of `prepare`, has no such stage
             metadata = _read_json(run, f"{name}/metadata.json", prefix, missing)

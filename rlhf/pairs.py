@@ -24,7 +24,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf.data.audit import audit, refuse_cheaters
+from rlhf.data.audit import check_audit
 from rlhf.data.columns import load_rows, prompt_columns
 from rlhf.data.preferences import import_review, review_rows
 from rlhf.data.sampled import balance_lengths, best_and_worst, nearest_in_length
@@ -158,9 +158,7 @@ def main(config: PairsConfig, model_args: ModelConfig) -> None:
 
         # Audit
         try:
-            cheaters = audit(pairs["train"], config.seed, pairs["heldout"])
-            # Of two own replies to one turn, the one that fits it better may well have won for that.
-            refuse_cheaters([c for c in cheaters if c.name != "turn_and_reply"], config.force_audit)
+            cheaters = check_audit(pairs["train"], config.seed, pairs["heldout"], force=config.force_audit)
         except DataError as error:
             raise RunError(str(error)) from error
         for cheater in cheaters:

@@ -82,13 +82,16 @@ def test_pairs_of_one_character_are_worth_fewer():
     refuse_cheaters([longer])  # 70 %, which chance explains
 
 
-def test_which_reply_fits_the_turn_is_asked():
+def test_which_reply_fits_the_turn_is_asked(caplog):
     """Either reply is chosen as often as rejected, and neither repeats the turn."""
     drinks = [("hot drink ?", "tea please", "beer please"), ("cold drink ?", "beer please", "tea please")]
     pairs = [
         {**pair(n, *drinks[n % 2][1:]), "prompt": [{"role": "user", "content": drinks[n % 2][0]}]} for n in range(100)
     ]
     assert {name for name, accuracy in accuracies(pairs).items() if accuracy > 0.6} == {"turn_and_reply"}
+    with caplog.at_level("WARNING"):
+        check_audit(pairs, 0)  # of real replies the better one may well fit its turn better
+    assert "`turn_and_reply` 100.0%" in caplog.text and "forced" not in caplog.text
 
 
 def test_pairs_that_only_the_persona_decides_pass():

@@ -180,6 +180,9 @@ def test_likelihoods_and_folders(tmp_path):
     write(tmp_path / "b", 30.0, 2)
     items = likelihood_items(likelihoods)
     assert items["perplexity_token"].statistics.tolist() == [[20 + i, 10] for i in range(4)]
+    long = likelihood_items([*likelihoods, {**likelihoods[0], "nats": 1.0, "tokens": 90}])["perplexity_token"]
+    assert long.statistics.tolist()[-1] == [1, 90] and len(set(long.keys)) == 5  # two rows of one dialogue stay two
+    assert long.clusters[-1] == long.clusters[0]
     compared = compare(system_items(tmp_path / "a"), system_items(tmp_path / "b"), num_trials=200)
     assert compared["perplexity_token"]["a"] == pytest.approx(math.exp(86 / 40))
     assert compared["perplexity_word"]["b"] == pytest.approx(math.exp(126 / 20))

@@ -51,6 +51,15 @@ def test_foils_share_no_word_with_the_persona():
     assert {row["foil"] for row in rows_of(persona_id="c", slot="home", kind="false_suggestion")} == {"oslo"}
 
 
+def test_personas_of_one_character_are_asked_as_one_and_lend_each_other_no_foil():
+    again = ["i have two dogs .", "i live in oslo .", "i like to bake bread .", "i own five cats ."]
+    rows, _ = probes_of({**PERSONAS, "a again": again}, seed=0)
+    assert {row["persona_id"] for row in rows} == {"a", "b", "c"}
+    facts = {row["fact_id"] for row in rows if row["persona_id"] == "a"}
+    assert {"a/home", "a again/home"} <= facts and len({row["probe_id"] for row in rows}) == len(rows)
+    assert not any("five" in row["foil"] for row in rows if row["persona_id"] == "a" and row["foil"])
+
+
 def test_what_is_not_asked_is_counted():
     _, coverage = probes_of(PERSONAS, seed=0)
     assert coverage["facts"] == 12 and coverage["reasons"] == {

@@ -387,7 +387,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_training_alone_is_reported(tmp_path: Path) -> None:
     write(tmp_path / "demo/sft/metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
+    write(tmp_path / "demo/sft.previous/metrics.jsonl", [{"step": 1, "loss": 9.0}])
     page = write_report([tmp_path / "demo"], tmp_path / "out").read_text()
+    assert "sft.previous" not in page  # it was made anew
     assert "No trained system has a persona consistency." in page and "sft: Loss" in page
 
 

@@ -32,6 +32,9 @@ END_WORDS = 2  # at either end of a reply
 OVERLAP_TURNS = 4  # of the prompt, the last ones
 
 
+FITTING = "turn_and_reply"
+
+
 @dataclass(frozen=True)
 class Cheater:
     """A judge without persona, and how often it is right.
@@ -127,6 +130,8 @@ def check_audit(
 def refuse_cheaters(cheaters: Sequence[Cheater], force: bool = False) -> None:
     """Stop where a cheater is above 60 %, unless chance explains it.
 
+    `turn_and_reply` is warned of alone: of real replies the better one may well fit its turn better.
+
     Args:
         cheaters: What [`audit`] found.
         force: Warn instead of raising.
@@ -135,10 +140,13 @@ def refuse_cheaters(cheaters: Sequence[Cheater], force: bool = False) -> None:
         AuditError: naming each cheater above 60 %, unless forced.
     """
     # A few pairs exceed any bound by chance: what chance explains is no leak.
-    caught = [cheater for cheater in cheaters if cheater.accuracy > MAX_ACCURACY and cheater.low > 0.5]
-    if not caught:
+    above = [cheater for cheater in cheaters if cheater.accuracy > MAX_ACCURACY and cheater.low > 0.5]
+    shown = {c.name: f"`{c.name}` {c.accuracy:.1%} [{c.low:.1%}, {c.high:.1%}] of {c.n}" for c in above}
+    if fitting := shown.pop(FITTING, None):
+        logger.warning("preference pairs can partly be told apart by which reply fits its turn: %s", fitting)
+    if not shown:
         return
-    found = ", ".join(f"`{c.name}` {c.accuracy:.1%} [{c.low:.1%}, {c.high:.1%}] of {c.n}" for c in caught)
+    found = ", ".join(shown.values())
     message = (
         f"preference pairs can be told apart without the persona, by more than {MAX_ACCURACY:.0%} of the held-out "
         f"ones: {found}. Balance the pairs (each length, word, opening and ending chosen as often as rejected)"
