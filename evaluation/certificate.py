@@ -42,7 +42,9 @@ def make_certificate(lead: dict[str, Any] | None, systems: list[System], stages:
 def _tested(system: System, lead: dict[str, Any]) -> str:
     clusters = system.record.get("probe_clusters") or {}
     whom = f" of {clusters['n']:,} held-out {clusters['unit']}s" if clusters.get("unit") == "persona" else ""
-    text = f"{lead['n']} facts{whom}, three questions each, greedy decoding"
+    facts = system.record.get("probed_facts")
+    cases = f"{lead['n']} cases" if facts is None else f"{facts:,} facts{whom} in {lead['n']} cases"
+    text = f"{cases} (a fact at a turn, in seen or held-out wording), three questions each, greedy decoding"
     if clusters.get("unit") == "fact":
         text += "; one persona, so wordings and facts are held out, not personas"
     coverage = system.record.get("probe_coverage") or {}
@@ -110,7 +112,7 @@ def _made(system: System, stages: list[Stage]) -> str:
 def _short(value: Any) -> str:
     """A hash by its first twelve digits; the whole one stands under Provenance."""
     text = str(value)
-    return f"{text[:12]}{'+changes' if text.endswith('+changes') else '…'}" if len(text) >= 40 else text
+    return f"{text[:12]}{text[40:] or '…'}" if len(text) >= 40 else text
 
 
 def _seeds(stages: list[Stage]) -> str:

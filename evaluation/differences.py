@@ -53,7 +53,7 @@ def difference_section(run: Path, other: Path, systems: list[System], others: li
             title = f"{mine} less {theirs}"
         elif mine == theirs:
             title = f"{mine}: {name} less {other_name}"
-        notes += _headline_words(title, rows)
+        notes += _headline_words(title, rows, adjusted.get(((mine, theirs), HEADLINE), 1.0))
         table = [_row(metric, row, adjusted[(mine, theirs), metric]) for metric, row in rows.items()]
         sides = [mine, theirs] if alone else [name, other_name]
         heads = ["Metric", "Difference", "In words", "p (Holm)", "Effect", *sides]
@@ -114,15 +114,15 @@ def _row(metric: str, row: dict[str, Any], p: float) -> list[Cell]:
     ]
 
 
-def _headline_words(title: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+def _headline_words(title: str, rows: dict[str, dict[str, Any]], p: float) -> list[str]:
     """The headline's difference in a sentence, where it was measured."""
     row = rows.get(HEADLINE)
     if not row or row["ci_low"] is None or row["ci_high"] is None:
         return []
     interval = percent_interval(Score(row["difference"], row["ci_low"], row["ci_high"], row["n"], row["unit"], True))
-    shown = (
-        "the interval contains 0, so no difference is shown"
-        if row["ci_low"] <= 0 <= row["ci_high"]
-        else "the interval leaves out 0"
-    )
+    shown = f"the interval leaves out 0, and after Holm's adjustment p is {p:.4f}"
+    if row["ci_low"] <= 0 <= row["ci_high"]:
+        shown = "the interval contains 0, so no difference is shown"
+    elif p >= ALPHA:
+        shown = f"the interval leaves out 0, but after Holm's adjustment p is {p:.2f}: no difference is shown"
     return [f"{title}: persona consistency {100 * row['difference']:+.1f} points (95 % interval {interval}); {shown}."]

@@ -358,8 +358,9 @@ def persona_consistency(
         bounds = {"ci_low": None if math.isnan(low) else low, "ci_high": None if math.isnan(high) else high}
         where = {"decoding": decoding, "kind": kind, "turn": "all", "split": "all"}
         breakdown.append({"metric": "probes_apart", **where, "value": value, **bounds, "n": len(found)})
+    asked = len({fact[:2] for rows in facts.values() for fact, _ in rows})
     number = len(personas) if unit == "persona" else len({fact[1] for rows in facts.values() for fact, _ in rows})
-    return {"metrics": metrics, "breakdown": breakdown, "run": {"probe_clusters": {"unit": unit, "n": number}}}
+    return {"metrics": metrics, "breakdown": breakdown, "run": {"probe_clusters": {"unit": unit, "n": number}, "probed_facts": asked}}
 
 
 class HeldOutProbes:

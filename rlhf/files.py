@@ -83,14 +83,19 @@ def folder_hash(folder: str | Path) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with "+changes" where the tree differs from it."""
+    """The commit of the checkout that this package runs from; where the tree differs, "+changes-" and 8 digits of them.
+
+    The digits are a hash of what was changed in known files and of the names of new ones, so that two states of a tree
+    are not taken for one.
+    """
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, check=True).stdout
+        lines = subprocess.run([*git, "diff", "HEAD"], capture_output=True, check=True).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None  # installed from a wheel, or git is not there
-    return commit.strip() + ("+changes" if changes.strip() else "")
+    return commit.strip() + (f"+changes-{hashlib.sha256(changes + lines).hexdigest()[:8]}" if changes.strip() else "")
 
 
 def versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,22 @@ def test_a_folder_is_named_by_its_weights_or_else_by_its_rows(tmp_path):
     assert folder_hash(tmp_path) == hashlib.sha256(b"a.jsonl\x001b.jsonl\x002").hexdigest()
     (tmp_path / "adapter_model.safetensors").write_bytes(b"w")
     assert folder_hash(tmp_path) == hashlib.sha256(b"adapter_model.safetensors\x00w").hexdigest()
+
+
+def test_two_states_of_a_changed_tree_are_told_apart(tmp_path, monkeypatch):
+    def git(*words):
+        names = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *names, *words], check=True, capture_output=True)
+
+    package = tmp_path / "package" / "files.py"
+    write_text(package, "one")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(files, "__file__", str(package))
+    commit = files.git_commit()
+    assert len(commit) == 40
+    write_text(package, "two")
+    two = files.git_commit()
+    write_text(package, "three")
+    assert two.startswith(f"{commit}+changes-") and files.git_commit() not in (two, commit)

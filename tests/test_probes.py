@@ -358,7 +358,8 @@ def test_kept_facts_by_hand():
     assert list(result["metrics"]) == ["persona_consistency"]
     assert result["metrics"]["persona_consistency"]["value"] == 2 / 4
     assert result["metrics"]["persona_consistency"]["n"] == 4
-    assert result["run"] == {"probe_clusters": {"unit": "persona", "n": 2}}
+    # a's pet, asked about twice, a's job and b's pet
+    assert result["run"] == {"probe_clusters": {"unit": "persona", "n": 2}, "probed_facts": 3}
     everything = {"decoding": "greedy", "kind": "all", "turn": "all", "split": "all"}
     assert cell(result, **everything)["value"] == 2 / 4
     assert cell(result, **everything | {"kind": "direct"})["value"] == 1

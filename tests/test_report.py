@@ -582,13 +582,18 @@ def test_certificate(tmp_path: Path) -> None:
     add_attack(run, "recite_all", 0.12)
     change(
         run / "evaluate/ppo/results.json",
-        lambda r: r["run"].update(probe_clusters={"unit": "persona", "n": 100}, git_commit="0123456789" * 4),
+        lambda r: r["run"].update(
+            probe_clusters={"unit": "persona", "n": 100}, probed_facts=200, git_commit="0123456789" * 4
+        ),
     )
     write_report([run], tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
     rows = table_rows(text, "Certificate")
     assert rows["Claim"][1] == "ppo keeps ≥ 85 % of persona facts (95.5 %, interval 93.1 to 97.4)"
-    assert rows["Tested"][1] == "800 facts of 100 held-out personas, three questions each, greedy decoding"
+    assert rows["Tested"][1] == (
+        "200 facts of 100 held-out personas in 800 cases (a fact at a turn, in seen or held-out wording), three questions "
+        "each, greedy decoding"
+    )
     assert rows["95 % lower bounds"][1] == "all 93.1 (of 95.5 %, n 800)"
     # after 5 exchanges .955 * .93 = .88815 -+ 1.96 sqrt(.88815 * .11185 / 400) = .88815 - .03089 = .8573
     assert rows["… at each turn"][1].endswith("after 5 exchanges 85.7 (of 88.8 %, n 400)")
