@@ -379,11 +379,11 @@ def _by_similarity(answers: Sequence[_Answer]) -> Iterator[tuple[int, int]]:
         cosines = (vectors[start : start + 512] @ vectors.T).tocsr()
         for place, (begin, end) in enumerate(zip(cosines.indptr[:-1], cosines.indptr[1:], strict=True), start):
             near = cosines.data[begin:end] * (cosines.indices[begin:end] != place)
-            for at in np.argsort(-near, kind="stable")[:NEIGHBOURS]:
+            similar = np.flatnonzero(near >= MIN_SIMILARITY)
+            for at in similar[np.argsort(-near[similar], kind="stable")][:NEIGHBOURS]:
                 other = int(cosines.indices[begin + at])
-                if near[at] >= MIN_SIMILARITY:
-                    same = sum(a == b for a, b in zip(openings[place][:2], openings[other][:2], strict=False))
-                    found[min(place, other), max(place, other)] = round(float(near[at]) + SAME_OPENING * same, 4)
+                same = sum(a == b for a, b in zip(openings[place][:2], openings[other][:2], strict=False))
+                found[min(place, other), max(place, other)] = round(float(near[at]) + SAME_OPENING * same, 4)
     yield from sorted(found, key=lambda places: (-found[places], places))
 
 
