@@ -3,6 +3,7 @@
 A fact that is right where it is asked for in one way and wrong in another was hit rather than kept. The number is the
 share of pairs of probes about one fact, at one turn, whose verdicts are the same. A bot that is always wrong agrees with
 itself everywhere, so beside it stands the share that verdicts of the same rates would have if they were independent.
+The rates are those of each kind, turn and split: what all facts lose by the turn, or in a wording, is no agreement.
 """
 
 from collections import defaultdict
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from evaluation.intervals import Interval, cluster_bootstrap, wilson_at_the_edge
+from evaluation.intervals import Interval, share_interval
 from evaluation.probes import KINDS
 
 
@@ -20,7 +21,7 @@ class Agreement(NamedTuple):
     share: Interval
     """Of pairs of probes, with the interval over personas, or over facts where there is one persona."""
     by_chance: float
-    """The share if the verdicts on a fact were independent, each kind of probe right as often as it is."""
+    """The share if the verdicts on a fact were independent, each kind of probe right as often as at its turn in its split."""
     num_pairs: int
 
 
@@ -30,14 +31,15 @@ def measure_agreement(rows: Iterable[Mapping[str, Any]], seed: int = 0) -> Agree
     Args:
         rows: probe rows with `correct` and `decoding`; others are left out.
     """
-    verdicts: dict[tuple[Any, ...], list[tuple[str, bool]]] = defaultdict(list)
-    right: dict[str, list[bool]] = defaultdict(list)
+    verdicts: dict[tuple[Any, ...], list[tuple[tuple[Any, ...], bool]]] = defaultdict(list)
+    right: dict[tuple[Any, ...], list[bool]] = defaultdict(list)
     for row in rows:
         if row.get("correct") is not None and row["decoding"] == "greedy" and row["kind"] in KINDS:
             fact = (row["persona_id"], row["fact_id"], row["turn"])
-            verdicts[fact].append((row["kind"], bool(row["correct"])))
-            right[row["kind"]].append(bool(row["correct"]))
-    rates = {kind: sum(found) / len(found) for kind, found in right.items()}
+            asked = (row["kind"], row["turn"], row["split"])
+            verdicts[fact].append((asked, bool(row["correct"])))
+            right[asked].append(bool(row["correct"]))
+    rates = {asked: sum(found) / len(found) for asked, found in right.items()}
     pairs = {fact: list(combinations(found, 2)) for fact, found in verdicts.items()}
     pairs = {fact: found for fact, found in pairs.items() if found}
     if not pairs:
@@ -46,7 +48,7 @@ def measure_agreement(rows: Iterable[Mapping[str, Any]], seed: int = 0) -> Agree
     clusters = [fact[unit] for fact in pairs]
     same = [float(sum(a == b for (_, a), (_, b) in found)) for found in pairs.values()]
     numbers = [len(found) for found in pairs.values()]
-    share = wilson_at_the_edge(cluster_bootstrap(same, numbers, clusters, seed=seed), len(set(clusters)))
+    share = share_interval(same, numbers, clusters, seed=seed)
     chance = sum(
         rates[one] * rates[other] + (1 - rates[one]) * (1 - rates[other])
         for found in pairs.values()

@@ -16,6 +16,8 @@ def make_certificate(lead: dict[str, Any] | None, systems: list[System], stages:
     system: System = lead["system"]
     own_run = [other for other in systems if other.run == system.run]
     claim = f"{lead['label']} keeps ≥ 85 % of persona facts" if lead["claimed"] else "“≥ 85 %” is not claimed"
+    if lead["why_not"]:
+        claim += f": {lead['why_not']}"
     turns = sorted({row["turn"] for row, _ in system.breakdown if isinstance(row["turn"], int)})
     parts = {
         "each turn": {f"after {turn} exchanges": part_score(system, turn=turn) for turn in turns},

@@ -29,6 +29,9 @@ ROLES = {
     "no_value": "attack: “no, <the fact>” to everything",
 }
 
+# Personas (or facts, of one persona) that a claim needs. Of 22 whose facts are all kept the lower bound is 84.6 %.
+MIN_CLUSTERS = 30
+
 
 class Cell(NamedTuple):
     """A table's cell; `note` is small print below the text."""
@@ -99,8 +102,15 @@ def share_cell(score: Score | None, with_n: bool = False) -> Cell:
     return Cell(percent(score), percent_interval(score) + n)
 
 
-def _claimed(score: Score | None) -> bool:
-    return score is not None and score.low is not None and score.low >= CLAIM
+def _too_few(system: System) -> str:
+    """Why so few were probed that nothing can be claimed of others like them; empty where there are enough."""
+    clusters = system.record.get("probe_clusters") or {}
+    if "n" not in clusters:
+        return "number of personas not recorded"
+    if clusters["n"] >= MIN_CLUSTERS:
+        return ""
+    unit = "facts of the one persona" if clusters["unit"] == "fact" else "personas"
+    return f"too few {unit} to claim: {clusters['n']}, and {MIN_CLUSTERS} are needed"
 
 
 def of_run(system: System, systems: list[System], names: Iterable[str]) -> System | None:
@@ -194,9 +204,10 @@ def _claim_cell(system: System, systems: list[System]) -> Cell:
         return Cell("–")
     if broken_rungs([other for other in systems if other.run == system.run]):
         return Cell("not shown", "ladder broken", "bad")
-    if _claimed(score):
-        return Cell("≥ 85 %", "lower bound reaches 85", "good")
-    return Cell("not shown", "no interval" if score.low is None else "lower bound below 85")
+    reason = "no interval" if score.low is None else "lower bound below 85" if score.low < CLAIM else ""
+    # Of too few no bound is high enough, so that their number is what to mend.
+    reason = _too_few(system) or reason
+    return Cell("not shown", reason) if reason else Cell("≥ 85 %", "lower bound reaches 85", "good")
 
 
 def without_attacks(systems: list[System]) -> list[System]:
@@ -267,7 +278,9 @@ def find_lead(systems: list[System]) -> dict[str, Any] | None:
             role = ROLES[name].split(":")[0] if name in ANCHORS else ""
             beside.append((f"{role} {name}".strip(), percent(other.metrics[HEADLINE])))
     claim = _claim_cell(best, systems)
-    verdict = "The lower bound does not reach 85 %, so “≥ 85 %” is not claimed."
+    few = _too_few(best)
+    verdict = f"{few[:1].upper()}{few[1:]}." if few else "The lower bound does not reach 85 %, so"
+    verdict += " “≥ 85 %” is not claimed."
     if claim.mark == "good":
         verdict = "The lower bound reaches 85 %: this system keeps ≥ 85 % of persona facts."
     elif claim.mark == "bad":
@@ -284,6 +297,7 @@ def find_lead(systems: list[System]) -> dict[str, Any] | None:
     return {
         "system": best,
         "claimed": claim.mark == "good",
+        "why_not": few,
         "label": best.label,
         "value": percent(score),
         "interval": percent_interval(score),

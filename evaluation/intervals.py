@@ -6,6 +6,9 @@ are two-sided 95 %, all tests two-sided.
 
 A number is a function of sums: each reply has a few sufficient statistics, they are added up over the corpus, and
 `statistic` makes the number of the totals. For a mean these are the value and 1, for BLEU ten counts.
+
+Shares have an interval of their own, [`bounded_together`]: the percentile bootstrap is too narrow for few clusters and
+near 0 and 1, and Wilson's interval knows independent rows alone.
 """
 
 import math
@@ -174,16 +177,109 @@ def wilson_at_the_edge(interval: Interval, num_clusters: int) -> Interval:
     return interval
 
 
+# -- shares ------------------------------------------------------------------------------------------------------------
+
+
+class Share(NamedTuple):
+    """``sum(numerators) / sum(denominators)`` of which each row's own ratio lies between `least` and `most`."""
+
+    pairs: np.ndarray
+    """``(n, 2)``: numerator and denominator of each row."""
+    least: float = 0.0
+    most: float = 1.0
+
+
+def bounded_together(
+    shares: Mapping[Key, Share],
+    clusters: Sequence[Hashable],
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> dict[Key, Interval]:
+    """Intervals of shares over clusters that hold with few clusters and at 0 and 1, from one set of random weights.
+
+    The clusters get random weights (independent exponentials, the Bayesian bootstrap), and with them one imagined
+    cluster of their mean size, whose rows all have the least value for the lower bound and the most for the upper one.
+    The bounds are the 2.5 % point of the one weighted share and the 97.5 % point of the other. So the next cluster may
+    be as bad as can be, which is what few clusters cannot rule out. Where each cluster is wholly right or wholly wrong
+    and all are of one size, these are the exact bounds of Clopper & Pearson 1934 with n = number of clusters; where rows
+    of a cluster differ they are narrower. A row that gets worse raises neither bound.
+
+    Source: Gaffke 2005, "Three test statistics for a nonparametric one-sided hypothesis on the mean of a nonnegative
+    variable"; Learned-Miller & Thomas 2020, arXiv:1905.06208; weights over clusters after Rubin 1981, "The Bayesian
+    bootstrap".
+
+    Args:
+        shares: by name, one row a reply.
+        clusters: the dialogue or persona of each row.
+
+    Returns:
+        An `Interval` each; the bounds are NaN when one cluster only has a denominator.
+
+    Raises:
+        ValueError: on empty, unequal or non-finite input, when a row's ratio is out of its range, or when a number has
+            no value.
+    """
+    arrays = [np.asarray(share.pairs, dtype=np.float64) for share in shares.values()]
+    for (name, share), pairs in zip(shares.items(), arrays, strict=True):
+        outside = (pairs[:, 0] < share.least * pairs[:, 1] - 1e-9) | (pairs[:, 0] > share.most * pairs[:, 1] + 1e-9)
+        if outside.any():
+            number, first = int(outside.sum()), pairs[outside][0].tolist()
+            raise ValueError(
+                f"{name!r} is not a share: {number} rows are outside of {share.least:g} to {share.most:g} (first: "
+                f"{first[0]:g} of {first[1]:g}). Use `bootstrap_together` for other numbers."
+            )
+    sums = cluster_sums(np.concatenate(arrays, axis=1), clusters)
+    telling = sums[:, 1::2] > 0
+    worst = sums[:, 1::2].sum(axis=0) / np.maximum(telling.sum(axis=0), 1)  # mean size of a cluster that has any
+    totals, extra = map(np.concatenate, zip(*_weighted_totals(sums, num_resamples, seed), strict=True))
+    intervals = {}
+    for column, (name, share) in enumerate(shares.items()):
+        numerators, denominators = totals[:, 2 * column], totals[:, 2 * column + 1]
+        value = float(ratio(sums[:, 2 * column : 2 * column + 2].sum(axis=0)))
+        if math.isnan(value):
+            raise ValueError(f"{name!r} has no value: its `denominators` add up to 0.")
+        if telling[:, column].sum() <= 1:
+            intervals[name] = Interval(value, math.nan, math.nan)
+            continue
+        size = worst[column] * extra
+        low = np.percentile((numerators + share.least * size) / (denominators + size), 2.5)
+        high = np.percentile((numerators + share.most * size) / (denominators + size), 97.5)
+        # Of all rows at an end the bound is that end; rounding would leave it 1e-16 inside.
+        intervals[name] = Interval(value, min(float(low), value), max(float(high), value))
+    return intervals
+
+
+def _weighted_totals(sums: np.ndarray, num_resamples: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield chunks of totals ``(b, k)`` with random weights of the clusters, and of one more cluster's weights ``(b,)``."""
+    rng = np.random.default_rng(seed)
+    chunk = max(1, CHUNK_ELEMENTS // (len(sums) + 1))
+    for start in range(0, num_resamples, chunk):
+        weights = rng.standard_exponential((min(chunk, num_resamples - start), len(sums) + 1))
+        yield weights[:, 1:] @ sums, weights[:, 0]
+
+
+def share_interval(
+    numerators: Sequence[float] | np.ndarray,
+    denominators: Sequence[float] | np.ndarray,
+    clusters: Sequence[Hashable],
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """[`bounded_together`] of one share, each numerator between 0 and its denominator."""
+    if len(numerators) != len(denominators):
+        raise ValueError(f"`numerators` has {len(numerators)} entries, `denominators` {len(denominators)}.")
+    pairs = np.stack([np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)], axis=1)
+    return bounded_together({"share": Share(pairs)}, clusters, num_resamples, seed)["share"]
+
+
 def rate_interval(
     successes: Sequence[float] | np.ndarray,
     clusters: Sequence[Hashable],
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Interval of the mean of values in [0, 1], one a row: cluster bootstrap, and Wilson at the edge."""
-    successes = np.asarray(successes, dtype=np.float64)
-    interval = cluster_bootstrap(successes, np.ones(len(successes)), clusters, num_resamples, seed)
-    return wilson_at_the_edge(interval, len(set(clusters)))
+    """[`share_interval`] of the mean of values in [0, 1], one a row."""
+    return share_interval(successes, np.ones(len(successes)), clusters, num_resamples, seed)
 
 
 # -- two systems on the same items -------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Agreement between probes of one fact, by hand."""
 
 import pytest
+from scipy import stats
 
 from evaluation.agreement import measure_agreement
 from evaluation.probes import KINDS
@@ -21,17 +22,29 @@ def test_pairs_of_one_fact_at_one_turn():
     agreement = measure_agreement([*found, *rows("a", [False] * 6, decoding="sampled"), {"correct": None}])
     # a: all 15 pairs; b: of four right and two wrong answers 6 + 1; at turn 5 all 15
     assert agreement.share.value == pytest.approx((15 + 7 + 15) / 45) and agreement.num_pairs == 45
-    # direct and true are right in 4 of 6, false in 2 of 6; per fact 3 pairs within kinds, 4 of each two kinds
-    same = {"direct": 5 / 9, "false": 5 / 9}
-    mixed = 2 / 3 * 1 / 3 + 1 / 3 * 2 / 3  # direct or true with false
-    expected = (same["direct"] * 2 + same["false"] + 4 * 5 / 9 + 8 * mixed) / 15
-    assert agreement.by_chance == pytest.approx(expected)
+    # at turn 0 direct and true are right for both, false for a alone: of b's and a's 15 pairs each 6 without false, at 1,
+    # and 9 with it, at 1/2; at turn 5 all are wrong, so that all 15 agree
+    assert agreement.by_chance == pytest.approx((2 * (6 + 9 / 2) + 15) / 45)
+
+
+def test_what_all_facts_lose_alike_is_no_agreement():
+    found = [
+        *(row for p in "abcde" for turn in (0, 3) for row in rows(p, [turn == 0] * 6, turn=turn)),
+        *(row for p in "fghij" for row in rows(p, [True] * 3 + [False] * 3, turn=7)),
+    ]
+    agreement = measure_agreement(found)
+    # by turn all agree; by wording 6 of 15 pairs do; and neither is more than the rates of turn and wording make
+    assert agreement.share.value == agreement.by_chance == pytest.approx((10 * 15 + 5 * 6) / (15 * 15))
 
 
 def test_a_bot_that_is_always_wrong_agrees_with_itself():
     found = [row for i in range(20) for row in rows(f"p{i}", [False] * 6)]
     agreement = measure_agreement(found)
-    assert agreement.share.value == agreement.by_chance == 1 and agreement.share.low == pytest.approx(0.839, abs=1e-3)
+    assert agreement.share.value == agreement.by_chance == 1
+    low = stats.binomtest(20, 20).proportion_ci().low  # .8316
+    assert agreement.share.low == pytest.approx(
+        low, abs=0.01
+    )  # 2,000 resamples: .0013 of standard error, four of them
 
 
 def test_one_question_has_nothing_to_agree_with():

@@ -5,13 +5,17 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.significance import PairedTest
 from scipy import stats
 
 from evaluation.intervals import (
+    Share,
     bootstrap_statistic,
     bootstrap_together,
+    bounded_together,
     cliffs_delta,
     cluster_bootstrap,
     cluster_sums,
@@ -22,6 +26,7 @@ from evaluation.intervals import (
     randomisation_test,
     rate_interval,
     ratio,
+    share_interval,
     wilson,
     with_ones,
 )
@@ -133,13 +138,97 @@ def test_bootstrap_statistic_agrees_with_the_ratio():
     assert generic == pytest.approx(cluster_bootstrap(pairs[:, 0], pairs[:, 1], clusters, seed=3), abs=1e-12)
 
 
-def test_rate_at_the_edge_is_wilson_over_clusters():
-    clusters = [i // 4 for i in range(80)]
-    high = stats.binomtest(0, 20).proportion_ci(method="wilson").high
-    assert rate_interval([0.0] * 80, clusters) == pytest.approx((0, 0, high), abs=1e-9)
-    assert rate_interval([1.0] * 80, clusters) == pytest.approx((1, 1 - high, 1), abs=1e-9)
-    inner = [float(i % 3 == 0) for i in range(80)]
-    assert rate_interval(inner, clusters) == cluster_bootstrap(inner, np.ones(80), clusters)
+@pytest.mark.parametrize(("right", "of"), [(0, 20), (20, 20), (1, 30), (29, 30), (3, 5), (40, 100)])
+def test_rate_of_equal_clusters_is_clopper_and_pearsons(right, of):
+    """Four rows a cluster, all right or all wrong: as many rows as clusters, and no more."""
+    successes = np.repeat(np.arange(of) < right, 4)
+    interval = rate_interval(successes, [i // 4 for i in range(4 * of)], num_resamples=20_000)
+    exact = stats.binomtest(right, of).proportion_ci(method="exact")
+    # Monte-Carlo: the order statistic stands within 3.3 standard errors of the point that it estimates, so between these
+    near = 0.025 + np.array([-1, 1]) * 3.3 * math.sqrt(0.025 * 0.975 / 20_000)
+    low = stats.beta.ppf(near, right, of - right + 1) if right else (0, 0)
+    high = stats.beta.isf(near[::-1], right + 1, of - right) if right < of else (1, 1)
+    assert low[0] - 1e-9 <= interval.low <= low[1] + 1e-9 and low[0] - 1e-9 <= exact.low <= low[1] + 1e-9
+    assert high[0] - 1e-9 <= interval.high <= high[1] + 1e-9 and high[0] - 1e-9 <= exact.high <= high[1] + 1e-9
+    assert interval.value == right / of
+
+
+def test_two_personas_tell_little_and_one_nothing():
+    low = rate_interval([0] + [1] * 15, [i // 8 for i in range(16)]).low
+    assert low < stats.binomtest(2, 2).proportion_ci().low  # .158, were all 16 right
+    value, low, high = rate_interval([0, 1], ["a", "a"])
+    assert value == 0.5 and math.isnan(low) and math.isnan(high)
+    value, low, high = share_interval([0, 0], [4, 0], ["a", "b"])  # b has no case
+    assert value == 0 and math.isnan(low) and math.isnan(high)
+
+
+def test_one_wrong_answer_more_does_not_earn_a_claim():
+    clusters = [i // 20 for i in range(100)]
+    one, none = rate_interval([0] + [1] * 99, clusters), rate_interval([1] * 100, clusters)
+    assert one.low < none.low < 0.85
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=40))
+def test_a_worse_system_never_has_a_higher_bound(rows):
+    clusters = [cluster for cluster, _, _ in rows]
+    worse = rate_interval([min(pair) for _, *pair in rows], clusters, num_resamples=200)
+    better = rate_interval([max(pair) for _, *pair in rows], clusters, num_resamples=200)
+    if math.isnan(worse.low):
+        assert math.isnan(better.low) and len(set(clusters)) == 1
+    else:
+        assert worse.low <= better.low + 1e-12 and worse.high <= better.high + 1e-12  # rounding
+        assert 0 <= worse.low <= worse.value <= worse.high <= 1
+
+
+@pytest.mark.parametrize("rate", [0.85, 0.95])
+@pytest.mark.parametrize("correlation", [0, 0.3, 1])
+@pytest.mark.parametrize("num_clusters", [10, 30, 100])
+def test_coverage_of_the_lower_bound_of_a_rate(num_clusters, correlation, rate):
+    """Clusters of 1 to 8 rows whose own rates are beta distributed with this intra-cluster correlation."""
+    rng, trials, above = np.random.default_rng(14), 300, 0
+    for trial in range(trials):
+        sizes = rng.integers(1, 9, size=num_clusters)
+        if correlation in (0, 1):
+            own = np.full(num_clusters, rate) if correlation == 0 else rng.random(num_clusters) < rate
+        else:
+            strength = 1 / correlation - 1
+            own = rng.beta(rate * strength, (1 - rate) * strength, size=num_clusters)
+        right = rng.binomial(sizes, own)
+        above += share_interval(right, sizes, range(num_clusters), num_resamples=400, seed=trial).low > rate
+    # the lower bound of a two-sided 95 % interval may miss 2.5 %; three standard errors of 300 trials are 2.7 %
+    assert above / trials <= 0.052
+
+
+def test_shares_together_are_each_alone(monkeypatch):
+    rng = np.random.default_rng(15)
+    lift = Share(with_ones(rng.uniform(-1, 1, size=40)), least=-1.0)
+    share, clusters = Share(with_ones(rng.random(40))), [i // 3 for i in range(40)]
+    both = bounded_together({"lift": lift, "share": share}, clusters, seed=5)
+    assert both["share"] == pytest.approx(rate_interval(share.pairs[:, 0], clusters, seed=5), abs=1e-12)
+    # from -1 to 1 is the share stretched: 2 x - 1
+    stretched = rate_interval((lift.pairs[:, 0] + 1) / 2, clusters, seed=5)
+    assert both["lift"] == pytest.approx([2 * bound - 1 for bound in stretched], abs=1e-12)
+    monkeypatch.setattr("evaluation.intervals.CHUNK_ELEMENTS", 70)
+    assert bounded_together({"lift": lift, "share": share}, clusters, seed=5)["lift"] == pytest.approx(
+        both["lift"], abs=1e-12
+    )
+
+
+def test_many_clusters_have_the_bootstraps_interval():
+    values, clusters = np.random.default_rng(16).random(8000) < 0.3, [i // 8 for i in range(8000)]
+    ours, bootstrap = (f(values, *ones, clusters) for f, ones in ((rate_interval, ()), (cluster_bootstrap, (np.ones(8000),))))  # fmt: skip
+    # one imagined cluster in 1,001: .3 / 1,001 lower, 7 / 10,000 higher, beside a half width of .01
+    assert ours.low == pytest.approx(bootstrap.low, abs=2e-3) and ours.high == pytest.approx(bootstrap.high, abs=3e-3)
+
+
+def test_what_is_no_share_is_refused():
+    with pytest.raises(ValueError, match=r"'share' is not a share: 1 rows are outside of 0 to 1 \(first: 3 of 2\)"):
+        share_interval([1, 3], [2, 2], ["a", "b"])
+    with pytest.raises(ValueError, match="`denominators` add up to 0"):
+        share_interval([0, 0], [0, 0], ["a", "b"])
+    with pytest.raises(ValueError, match="`numerators` has 1 entries, `denominators` 2"):
+        share_interval([1], [1, 1], ["a"])
 
 
 def test_paired_difference_cancels_what_items_share():

@@ -169,6 +169,7 @@ def make_runs(folder: Path, curves: bool = True) -> Path:
         record = {
             "system": system,
             "adapter": f"{system}/adapter",
+            "probe_clusters": {"unit": "persona", "n": 100},
             "date": "2026-11-21T04:40:00+00:00",
             "decoding": decoding,
         }
@@ -276,6 +277,32 @@ def test_claim_at_the_edge(tmp_path: Path) -> None:
     change(run / "evaluate/ppo/results.json", lambda r: r["metrics"]["persona_consistency"].update(ci_low=0.84999))
     write_report([run], tmp_path / "out")
     assert "“≥ 85 %” is not claimed" in (tmp_path / "out/report.md").read_text().splitlines()[2]
+
+
+@pytest.mark.parametrize(
+    ("clusters", "reason"),
+    [
+        ({"unit": "persona", "n": 29}, "too few personas to claim: 29, and 30 are needed"),
+        ({"unit": "fact", "n": 8}, "too few facts of the one persona to claim: 8, and 30 are needed"),
+        (None, "number of personas not recorded"),
+        ({"unit": "persona", "n": 30}, None),
+    ],
+)
+def test_claim_needs_enough_personas(tmp_path: Path, clusters: dict | None, reason: str | None) -> None:
+    run = make_runs(tmp_path, curves=False)
+    for name in SYSTEMS:
+        change(run / f"evaluate/{name}/results.json", lambda r: r["run"].update(probe_clusters=clusters))
+    write_report([run], tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    claim, lead = table_rows(text, "Persona consistency")["ppo"][4], text.splitlines()[2]
+    certificate = table_rows(text, "Certificate")["Claim"][1]
+    if reason is None:
+        assert claim == "≥ 85 % (lower bound reaches 85)" and "this system keeps ≥ 85 %" in lead
+        assert certificate.startswith("ppo keeps ≥ 85 %")
+    else:
+        assert claim == f"not shown ({reason})"
+        assert f"{reason[0].upper()}{reason[1:]}. “≥ 85 %” is not claimed." in lead
+        assert certificate.startswith(f"“≥ 85 %” is not claimed: {reason}")
 
 
 def test_lead_names_system_number_interval_floor_and_ceiling(finished: Path) -> None:
@@ -582,9 +609,7 @@ def test_certificate(tmp_path: Path) -> None:
     add_attack(run, "recite_all", 0.12)
     change(
         run / "evaluate/ppo/results.json",
-        lambda r: r["run"].update(
-            probe_clusters={"unit": "persona", "n": 100}, probed_facts=200, git_commit="0123456789" * 4
-        ),
+        lambda r: r["run"].update(probed_facts=200, git_commit="0123456789" * 4),
     )
     write_report([run], tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
