@@ -29,8 +29,10 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from rlhf.chat import reply_text
 from rlhf.config import ConfigError
@@ -155,6 +157,21 @@ class PPOConfig(TrainingArguments):
                     "(num_ppo_epochs * num_mini_batches) and must not be cut in two. Set it to "
                     f"{max(1, round(steps / self.steps_per_rollout)) * self.steps_per_rollout}."
                 )
+        if self.enable_jit_checkpoint:
+            problems.append(
+                "`enable_jit_checkpoint` writes a checkpoint at once, and a rollout must not be cut in two. Delete it: "
+                "what is killed goes on from the last rollout that was saved (`save_steps`)."
+            )
+        if self.ignore_data_skip:
+            problems.append(
+                "`ignore_data_skip` is on, and a resumed run would begin the prompts of its epoch anew. Delete it: "
+                "skipped prompts are not replied to."
+            )
+        if self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:
+            problems.append(
+                "DeepSpeed ZeRO-3 (`zero_stage` 3) shards the base over the ranks, while each replies to its own "
+                "prompts and ends after another number of tokens. Use ZeRO-2 or plain data parallelism."
+            )
         if problems:
             raise ConfigError(problems)
 
@@ -255,6 +272,7 @@ class PPOTrainer(Trainer):
         self._step = -1  # the optimiser step that `_micro_step` counts in
         self._micro_step = 0
         self._not_finite = False  # whether any micro-batch of this step, on any rank, had such a loss
+        self._put_off: set[str] = set()  # what was asked of `control` within the rollout
 
     @property
     def ppo_state(self) -> PPOState:
@@ -597,12 +615,77 @@ class PPOTrainer(Trainer):
 
     # Log, save, load
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As the Trainer's; a checkpoint that would not go on where it stopped is refused.
+
+        Raises:
+            ValueError: if the checkpoint is not whole, or was written by other numbers of processes or episodes.
+        """
+        if isinstance(resume_from_checkpoint, str | Path):
+            self._check_checkpoint(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        try:
+            state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"`resume_from_checkpoint`: {folder} is not whole: its {TRAINER_STATE_NAME}, which is written last, cannot "
+                "be read. Name the checkpoint before; `rlhf run` does."
+            ) from error
+        ranks = len(list(folder.glob("rng_state*.pth")))
+        if ranks != self.args.world_size:
+            raise ValueError(
+                f"`resume_from_checkpoint`: {folder} has the random numbers of {ranks} processes, and this launch has "
+                f"{self.args.world_size}. Start as many."
+            )
+        said = next((row for row in reversed(state.log_history) if "episode" in row), None)
+        if said is None:
+            return
+        there, here = said["episode"], self._episode(said["step"])
+        if there != here or state.global_step % self.args.steps_per_rollout:
+            raise ValueError(
+                f"`resume_from_checkpoint`: at step {said['step']} {folder} had seen {there} episodes, and by these "
+                f"settings it would be {here}, a rollout being {self.args.rollout_size} episodes and "
+                f"{self.args.steps_per_rollout} steps. Set batch size, accumulation, `num_mini_batches` and "
+                "`num_ppo_epochs` as they were, or start anew."
+            )
+
+    def _episode(self, step: int) -> int:
+        return step // self.args.steps_per_rollout * self.args.rollout_size
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, which would take one step more from a checkpoint of the last step, within an epoch."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; what is asked for within a rollout, by whichever callback, waits for its end.
+
+        A rollout is in no checkpoint, so that one from its middle could not go on with it.
+        """
+        left = -self.state.global_step % self.args.steps_per_rollout
+        asked = [name for name in ("should_save", "should_evaluate", "should_training_stop") if getattr(self.control, name)]
+        if left and (new := sorted({*asked} - self._put_off)):
+            logger.warning(
+                "`%s` was asked for at step %d, within a rollout; it is done at the end of the rollout, at step %d.",
+                "`, `".join(new), self.state.global_step, self.state.global_step + left,
+            )  # fmt: skip
+        self._put_off.update(asked)
+        for name in self._put_off:
+            setattr(self.control, name, not left)
+        if not left:
+            self._put_off.clear()
+        # Means since the last log are in no checkpoint either: a kill would leave a row half of them.
+        self.control.should_log |= self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of PPO's own statistics since the last log."""
         if not any(key.startswith("eval_") for key in logs):
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self._metrics.items() if values}}
             logs["val/skipped_minibatches"] = self.ppo_state.skipped
-            logs["episode"] = self.state.global_step // self.args.steps_per_rollout * self.args.rollout_size
+            logs["episode"] = self._episode(self.state.global_step)
             self._metrics.clear()
         super().log(logs, start_time)
 
@@ -611,7 +694,11 @@ class PPOTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The policy as a plain adapter, the critic beside it; frozen roles have folders of their own."""
+        if not self.args.should_save:
+            return  # DeepSpeed has every rank come here
         folder = Path(output_dir or self.args.output_dir)
+        # Written last, it says that the checkpoint is whole: what is written over one that was there is none.
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         model = self.accelerator.unwrap_model(self.model)
         model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
         if self.args.value_model == "head":
@@ -620,6 +707,11 @@ class PPOTrainer(Trainer):
             weights = get_peft_model_state_dict(model, adapter_name=VALUE_ADAPTER, save_embedding_layers=False)
             save_file(weights, folder / VALUE_ADAPTER_FILE)
         self.processing_class.save_pretrained(folder)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Of every rank, before the main process writes the last file, which makes the checkpoint a whole one."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
