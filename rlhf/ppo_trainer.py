@@ -665,7 +665,9 @@ class PPOTrainer(Trainer):
         A rollout is in no checkpoint, so that one from its middle could not go on with it.
         """
         left = -self.state.global_step % self.args.steps_per_rollout
-        asked = [name for name in ("should_save", "should_evaluate", "should_training_stop") if getattr(self.control, name)]
+        asked = [
+            name for name in ("should_save", "should_evaluate", "should_training_stop") if getattr(self.control, name)
+        ]
         if left and (new := sorted({*asked} - self._put_off)):
             logger.warning(
                 "`%s` was asked for at step %d, within a rollout; it is done at the end of the rollout, at step %d.",

@@ -352,3 +352,9 @@ def ppo_run(
     folder = tmp_path_factory.mktemp("runs") / "ppo"
     parents = {"dataset": dataset, "sft_adapter": sft_run.folder, "reward_adapter": reward_run.folder}
     return _train("ppo", folder, model_name_or_path=tiny_llama, **parents)
+
+
+@pytest.fixture(scope="module")
+def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where DeepSpeed builds its operator; in the usual folder a build that was killed locks out all later ones."""
+    return tmp_path_factory.mktemp("extensions")

@@ -1,4 +1,4 @@
-"""PPO on recorded rollouts, for test_ppo_ranks.py: in one process by `trainer_on`, on two ranks as a program.
+"""PPO on recorded rollouts, for test_ppo_ranks.py: in one process by `on_recorded`, on two ranks as a program.
 
 accelerate launch ... tests/ppo_ranks.py SETTINGS.json
 """
@@ -13,10 +13,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from trl import ModelConfig
 
+from rlhf.callbacks import RanksAgree
 from rlhf.data.columns import load_rows, prompt_columns
 from rlhf.lora import with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer
 from rlhf.ppo_trainer import NonFiniteError, PPOConfig, PPOTrainer
+from rlhf.roles import critic_parameters
 from rlhf.rollouts import Rollout
 
 # SGD, whose steps are in proportion to the gradients; AdamW's first ones would make much of a difference in rounding.
@@ -30,6 +32,17 @@ ARGS = {
 
 def letters(prompts, completions, **columns):
     return [completion.count("e") - 0.1 * len(completion) for completion in completions]
+
+
+class Weights:
+    """A probe that costs nothing and moves with the policy."""
+
+    def __init__(self, *args):
+        pass
+
+    def __call__(self, model, tokenizer):
+        weights = [parameter for name, parameter in model.named_parameters() if ".default." in name]
+        return {"weights": [torch.sigmoid(20 * weight.sum()).item() for weight in weights[-3:]]}
 
 
 def make(folders, output_dir, value_model="head", **args):
@@ -72,8 +85,8 @@ def trained(trainer):
 
 
 def learn(out, folders, path):
-    """Both kinds of critic on the recorded rollout; what each step logged."""
-    logged = {}
+    """Both kinds of critic on the recorded rollout; what each step logged, and what is said when a critic drifts."""
+    logged = {"drift": {}}
     for value_model in ("head", "adapter"):
         checkpointing = value_model == "adapter"
         trainer = make(folders, out / value_model, value_model, gradient_checkpointing=checkpointing)
@@ -81,6 +94,13 @@ def learn(out, folders, path):
         assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
         save_file(trained(trainer), out / f"{value_model}_{trainer.args.process_index}.safetensors")
         logged[value_model] = [row for row in trainer.state.log_history if "loss/policy_avg" in row]
+        RanksAgree().on_save(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        with torch.no_grad():
+            list(critic_parameters(trainer.model).values())[-1] += trainer.args.process_index * 1e-6
+        try:
+            RanksAgree().on_save(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        except RuntimeError as error:
+            logged["drift"][value_model] = str(error)
     return logged
 
 

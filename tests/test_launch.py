@@ -125,12 +125,6 @@ def test_a_rank_without_the_others_is_refused(launch):
     assert "error: the configuration has 1 problem" in said and "MASTER_ADDR" in said and not folder.exists()
 
 
-@pytest.fixture(scope="module")
-def extensions(tmp_path_factory):
-    """Where DeepSpeed builds its operator; in the usual folder a build that was killed locks out all later ones."""
-    return tmp_path_factory.mktemp("extensions")
-
-
 @slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize("stage", ["sft", "ppo"])

@@ -52,7 +52,7 @@ def launch(out, folders, recorded, config, env=None):
     command += ["--main_process_port", "0", str(ROOT / "tests" / "ppo_ranks.py"), str(out / "settings.json")]
     shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     ended = subprocess.run(
-        command, env={**os.environ, **shared, **(env or {})}, capture_output=True, text=True, timeout=600, check=False
+        command, env={**os.environ, **shared, **(env or {})}, capture_output=True, text=True, timeout=1200, check=False
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     return [json.loads((out / f"report_{rank}.json").read_text()) for rank in (0, 1)]
@@ -106,6 +106,12 @@ def test_a_mean_of_the_ranks_own_means_would_not_be_that(folders, recorded, tmp_
     assert max((weights[name] - elsewhere[name]).abs().max() for name in weights) > 1e-5
 
 
+@pytest.mark.parametrize("value_model", ["head", "adapter"])
+def test_a_critic_that_drifts_on_one_rank_is_found_at_the_next_save(value_model, ranks):
+    for report in ranks[1]:
+        assert report["drift"][value_model].startswith("The ranks have drifted apart")
+
+
 def check_skipped(out, reports):
     """Steps 1, 2 and 3 are broken on rank 1, and two in a row are allowed."""
     for rank, report in enumerate(reports):
@@ -125,7 +131,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_both(ranks):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_it_is_skipped_under_zero_2_too(folders, recorded, tmp_path):
+def test_it_is_skipped_under_zero_2_too(folders, recorded, tmp_path, extensions):
     """DeepSpeed steps within its backward pass: the weights stay since the learning rate of that step is 0."""
     config = {
         "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "use_cpu": True, "num_machines": 1,
@@ -134,5 +140,6 @@ def test_it_is_skipped_under_zero_2_too(folders, recorded, tmp_path):
                              "offload_param_device": "none", "zero3_init_flag": False},
     }  # fmt: skip
     (tmp_path / "two_zero2.yaml").write_text(yaml.safe_dump(config))
-    reports = launch(tmp_path, folders, recorded, tmp_path / "two_zero2.yaml", {"DS_ACCELERATOR": "cpu"})
+    env = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(extensions)}
+    reports = launch(tmp_path, folders, recorded, tmp_path / "two_zero2.yaml", env)
     check_skipped(tmp_path, reports)

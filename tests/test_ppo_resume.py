@@ -1,0 +1,381 @@
+"""PPO that is killed and resumed: the same adapter, critic, optimiser, log and state, to the bit.
+
+The fast tests stop a trainer in this process, at each place where a kill may fall; the slow ones kill the script itself.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerState
+
+from rlhf.callbacks import MetricsFile
+from rlhf.config import ConfigError
+from rlhf.files import read_jsonl
+from rlhf.pipeline import _last_whole_checkpoint
+from rlhf.ppo_trainer import VALUE_ADAPTER_FILE, VALUE_HEAD_FILE, PPOConfig, PPOTrainer
+from rlhf.record import read_record
+from rlhf.reward_watch import RewardWatch
+from tests.ppo_ranks import Weights, make
+
+ROOT = Path(__file__).parents[1]
+# A rollout is 8 episodes, 4 optimiser steps and 8 micro-steps. The 24 prompts make 3 rollouts an epoch; training ends
+# within the second one, after 5 rollouts and 20 steps.
+ARGS = {
+    "total_episodes": 40, "optim": "adamw_torch", "learning_rate": 1e-2, "lr_scheduler_type": "linear",
+    "response_length": 6, "kl_target": 0.1, "kl_horizon": 100, "normalize_rewards": True, "save_strategy": "steps",
+    "save_steps": 4, "logging_steps": 3,
+}  # fmt: skip
+CRITICS = {"head": VALUE_HEAD_FILE, "adapter": VALUE_ADAPTER_FILE}
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_llama, sft_run, reward_run, dataset):
+    return {
+        "base": str(tiny_llama),
+        "sft": str(sft_run.folder),
+        "reward": str(reward_run.folder),
+        "data": str(dataset),
+    }
+
+
+def trainer_in(folder, folders, value_model="head", resume=None, **args):
+    """A trainer with its log file and a watch, as the script has them."""
+    args = {**ARGS, **args, "resume_from_checkpoint": str(resume) if resume else None}
+    trainer = make(folders, folder, value_model, **args)
+    trainer.add_callback(MetricsFile())
+    trainer.add_callback(RewardWatch(trainer, Weights(), every=4))
+    return trainer
+
+
+def train(folder, folders, value_model="head", resume=None, **args):
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer_in(folder, folders, value_model, resume, **args).train(resume_from_checkpoint=resume and str(resume))
+
+
+@pytest.fixture(scope="module")
+def whole(folders, tmp_path_factory):
+    """The folder of an uninterrupted training, by kind of critic; each is trained once."""
+    made = {}
+
+    def get(value_model="head"):
+        if value_model not in made:
+            made[value_model] = tmp_path_factory.mktemp("whole") / value_model
+            train(made[value_model], folders, value_model)
+        return made[value_model]
+
+    return get
+
+
+def killed_at(folder, source, *steps):
+    """A folder with the log and these checkpoints of another one, and with a best adapter of a later step."""
+    folder.mkdir()
+    for name in ("metrics.jsonl", "best", *(f"checkpoint-{step}" for step in steps)):
+        (shutil.copytree if (source / name).is_dir() else shutil.copy)(source / name, folder / name)
+    return folder
+
+
+def rows(folder):
+    """The log, but for times and the row of the end, which is theirs."""
+    logged = [
+        {k: v for k, v in row.items() if not k.startswith("train_")} for row in read_jsonl(folder / "metrics.jsonl")
+    ]
+    return [row for row in logged if row.keys() - {"step", "epoch", "episode", "val/skipped_minibatches"}]
+
+
+def check_same(folder, source, critic, last=20):
+    """Adapter, critic, optimiser, schedule, random numbers, best adapter, state of the callbacks, log."""
+    one, other = folder / f"checkpoint-{last}", source / f"checkpoint-{last}"
+    for name in ("adapter_model.safetensors", critic, "best/adapter_model.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    numbers = sorted(path.name for path in other.glob("rng_state*.pth"))
+    for name in ("optimizer.pt", "scheduler.pt", *numbers):
+        saved = [torch.load(path / name, weights_only=False) for path in (one, other)]
+        assert_equal(*saved, name)
+    states = [json.loads((path / "trainer_state.json").read_text()) for path in (one, other)]
+    for state in states:
+        for volatile in ("best_model_checkpoint", "log_history"):
+            state.pop(volatile)
+    assert states[0] == states[1] and {"PPOState", "RewardWatch"} <= states[0]["stateful_callbacks"].keys()
+    assert rows(folder) == rows(source)
+
+
+def assert_equal(one, other, where):
+    """Nested states, tensors to the bit."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for place, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_equal(left, right, f"{where}.{place}")
+    else:
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other)) if hasattr(one, "shape") else one == other, (
+            where
+        )
+
+
+class AskFor(TrainerCallback):
+    """Ask for something at the end of a step."""
+
+    def __init__(self, step, *what):
+        self.step = step
+        self.what = what
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for name in self.what if state.global_step == self.step else ():
+            setattr(control, name, True)
+
+
+# Stopped in this process
+
+
+@pytest.mark.parametrize(
+    ("micro_step", "value_model"), [*((micro_step, "head") for micro_step in range(8)), (5, "adapter")]
+)
+def test_stopped_at_any_offset_within_a_rollout(micro_step, value_model, whole, folders, tmp_path, caplog):
+    """It goes on from the end of the first epoch, is asked for a checkpoint within a rollout of the second one, is
+    stopped within the next rollout, and goes on from what it was asked for."""
+    source, folder = whole(value_model), tmp_path / "run"
+    killed_at(folder, source, 12)
+    start, asked = folder / "checkpoint-12", 13 + micro_step // 2
+    first = trainer_in(folder, folders, value_model, start, save_strategy="no")
+    first.add_callback(AskFor(asked, "should_save"))
+    own_step, taken = first.training_step, []
+
+    def stop(*args, **kwargs):
+        if len(taken) == 8 + micro_step:
+            raise Killed
+        taken.append(1)
+        return own_step(*args, **kwargs)
+
+    first.training_step = stop
+    with caplog.at_level("WARNING", "rlhf.ppo_trainer"), pytest.raises(Killed):
+        first.train(resume_from_checkpoint=str(start))
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-16"]
+    said = f"`should_save` was asked for at step {asked}, within a rollout; it is done at the end of the rollout, at step 16"
+    assert (said in caplog.text) == (asked != 16)
+    train(folder, folders, value_model, folder / "checkpoint-16")
+    check_same(folder, source, CRITICS[value_model])
+
+
+def test_what_a_checkpoint_holds(whole, folders):
+    """The policy loads as any adapter does, and the states that a resumed run needs did move."""
+    source = whole()
+    base = make(folders, source.parent / "unused").model.get_base_model()
+    policy = PeftModel.from_pretrained(base, source / "checkpoint-20", adapter_name="loaded")
+    assert any(parameter.abs().max() > 0 for name, parameter in policy.named_parameters() if "lora_B.loaded" in name)
+    logged = rows(source)
+    assert len({row["objective/kl_coef"] for row in logged if "objective/kl_coef" in row}) == 5
+    assert len({row["eval_probe/weights"] for row in logged if "eval_probe/weights" in row}) == 6
+    # Every third step, and with each checkpoint: no row's numbers are half before and half after one.
+    assert [row["step"] for row in logged if "loss" in row] == [3, 4, 6, 8, 9, 12, 15, 16, 18, 20]
+
+
+def test_a_stop_and_an_evaluation_wait_too(folders, tmp_path):
+    trainer = make(folders, tmp_path / "run", **ARGS)
+    trainer.add_callback(AskFor(5, "should_training_stop", "should_evaluate"))
+    evaluated = []
+
+    def evaluate(*args, **kwargs):
+        evaluated.append(trainer.state.global_step)
+        trainer.control.should_evaluate = False
+        return {}
+
+    trainer.evaluate = evaluate
+    trainer.train()
+    assert trainer.state.global_step == 8 and evaluated == [8]
+
+
+TORN = {
+    "the adapter": (PeftModel, "save_pretrained"),
+    "the optimiser": (PPOTrainer, "_save_optimizer_and_scheduler"),
+    "the random numbers": (PPOTrainer, "_save_rng_state"),
+    "the state": (TrainerState, "save_to_json"),
+}
+
+
+@pytest.mark.parametrize("what", TORN)
+def test_a_checkpoint_that_a_kill_left_half_written_is_none(what, whole, folders, tmp_path, monkeypatch):
+    """It is written over a whole one of the same step, whose files must not complete it."""
+    source, folder = whole(), tmp_path / "run"
+    killed_at(folder, source, 12, 16)
+    owner, name = TORN[what]
+
+    def kill(self, path, *args, **kwargs):
+        if name == "save_to_json":
+            Path(path).write_text('{"global_step": 16, ')
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, kill)
+        train(folder, folders, resume=folder / "checkpoint-12")
+    checkpoint, damaged = _last_whole_checkpoint(folder)
+    assert checkpoint.name == "checkpoint-12" and damaged[0].startswith("checkpoint-16 ")
+    with pytest.raises(ValueError, match="checkpoint-16 is not whole.*Name the checkpoint before"):
+        train(folder, folders, resume=folder / "checkpoint-16")
+    train(folder, folders, resume=checkpoint)
+    check_same(folder, source, VALUE_HEAD_FILE)
+
+
+def test_a_run_that_was_stopped_behind_its_last_checkpoint_takes_no_step_more(whole, folders, tmp_path):
+    """The last checkpoint is within an epoch, of which the Trainer would begin another step."""
+    source, folder = whole(), tmp_path / "run"
+    killed_at(folder, source, 20)
+    trainer = trainer_in(folder, folders, resume=folder / "checkpoint-20")
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-20"))
+    assert trainer.state.global_step == 20
+    trainer.save_model(folder / "end")
+    for name in ("adapter_model.safetensors", VALUE_HEAD_FILE):
+        assert (folder / "end" / name).read_bytes() == (source / "checkpoint-20" / name).read_bytes()
+    assert rows(folder) == rows(source)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gradient_accumulation_steps": 1}, "at step 12 .*checkpoint-12 had seen 24 episodes, .*it would be 12"),
+        ({"num_ppo_epochs": 3}, "had seen 24 episodes, .*it would be 16, a rollout being 8 episodes and 6 steps"),
+        ({}, "has the random numbers of 2 processes, and this launch has 1. Start as many"),
+    ],
+)
+def test_a_checkpoint_of_other_rollouts_is_refused(change, message, whole, folders, tmp_path):
+    killed_at(tmp_path / "run", whole(), 12)
+    checkpoint = tmp_path / "run" / "checkpoint-12"
+    if not change:
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / "rng_state_1.pth")
+        (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", folders, resume=checkpoint, **change, save_strategy="no")
+
+
+def test_what_would_cut_a_rollout_or_shard_the_base_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "transformers.TrainingArguments.__post_init__",
+        lambda self: setattr(self, "deepspeed_plugin", type("Plugin", (), {"zero_stage": 3})),
+    )
+    with pytest.raises(ConfigError) as caught:
+        PPOConfig(output_dir=str(tmp_path), enable_jit_checkpoint=True, ignore_data_skip=True)
+    names = ["`enable_jit_checkpoint`", "`ignore_data_skip`", "DeepSpeed ZeRO-3"]
+    assert all(problem.startswith(name) for problem, name in zip(caught.value.problems, names, strict=True))
+
+
+# Killed as processes
+
+KEYS = {
+    "use_cpu": True, "seed": 3, "max_length": 256, "learning_rate": 1e-2, "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2, "num_ppo_epochs": 2, "num_mini_batches": 1, "response_length": 6,
+    "kl_target": 0.1, "kl_horizon": 100, "normalize_rewards": True, "eval_strategy": "no", "save_steps": 2,
+    "save_total_limit": 3, "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "sample_steps": 8,
+    "num_samples": 1, "probe": "tests.ppo_ranks:Weights", "probe_steps": 4, "gradient_checkpointing": True,
+}  # fmt: skip
+ENV = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def last_step(folder):
+    """Of the log, which a process begins by rewinding."""
+    lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1] if (folder / "metrics.jsonl").is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def script(folder, program, folders, keys, kill=None):
+    """Run the script in `folder`, from its last whole checkpoint; whether it came to its end.
+
+    `kill` is how many steps of the process are waited for and how many seconds more, before it is killed with all ranks.
+    """
+    checkpoint, damaged = _last_whole_checkpoint(folder)
+    values = {**keys, "output_dir": str(folder), "model_name_or_path": folders["base"], "dataset": folders["data"]}
+    values |= {"sft_adapter": folders["sft"], "reward_adapter": folders["reward"]}
+    folder.mkdir(exist_ok=True)
+    config = folder.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(values))
+    command = [*program, str(ROOT / "rlhf" / "ppo.py"), "--config", str(config)]
+    command += [f"--resume_from_checkpoint={checkpoint}"] if checkpoint else []
+    with folder.with_suffix(".err").open("w") as err:
+        process = subprocess.Popen(
+            command, cwd=folder.parent, env={**os.environ, **ENV}, stdout=err, stderr=err, start_new_session=True
+        )
+        try:
+            if kill is not None:
+                steps, seconds = kill
+                begin = checkpoint.name.removeprefix("checkpoint-") if checkpoint else 0
+                begun = False
+                while process.poll() is None and not (begun and last_step(folder) >= int(begin) + steps):
+                    # What an earlier process wrote beyond the checkpoint is not this one's.
+                    begun = begun or last_step(folder) <= int(begin)
+                    time.sleep(0.005)
+                time.sleep(seconds)
+            else:
+                process.wait(timeout=1200)
+        finally:
+            ended = process.poll()
+            if ended is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    print(f"from {checkpoint and checkpoint.name}, left out {damaged}, kill {kill}: step {last_step(folder)}, {ended}")
+    assert ended in (None, 0), folder.with_suffix(".err").read_text()[-3000:]
+    return ended == 0
+
+
+def kill_often(times, steps, program, folders, keys, tmp_path):
+    """An uninterrupted run, and one that is killed so many times at random moments; where it ends early, another."""
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    assert script(whole, program, folders, keys)
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    moments, killed = random.Random(seed), 0
+    last = steps
+
+    def check():
+        check_same(folder, whole, VALUE_HEAD_FILE, last)
+        for name in ("adapter_model.safetensors", "best/adapter_model.safetensors", "samples.jsonl"):
+            assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+        assert read_record(folder)["status"] == "done"
+
+    while killed < times:
+        if script(folder, program, folders, keys, (moments.randrange(8), 0.5 * moments.random())):
+            check()
+            shutil.rmtree(folder)
+        else:
+            killed += 1
+    assert folder.is_dir() and script(folder, program, folders, keys)
+    check()
+    return whole
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(folders, tmp_path):
+    """24 prompts are 6 rollouts; 16 rollouts are 32 steps, into the third epoch of the data."""
+    keys = {**KEYS, "total_episodes": 64}
+    whole = kill_often(10, 32, [sys.executable], folders, keys, tmp_path)
+    assert read_record(whole)["hardware"]["processes"] == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_at_random_moments(folders, tmp_path):
+    """8 episodes a rollout of two ranks, 3 rollouts an epoch, 8 rollouts in all. MULTI_CPU would start one process."""
+    config = {
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "use_cpu": True, "num_machines": 1,
+        "num_processes": 2, "machine_rank": 0, "mixed_precision": "no", "main_training_function": "main",
+    }  # fmt: skip
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
+    program = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml")]
+    program += ["--main_process_port", "0"]
+    whole = kill_often(3, 16, program, folders, {**KEYS, "total_episodes": 64}, tmp_path)
+    assert read_record(whole)["hardware"]["processes"] == 2
+    assert len(list((whole / "checkpoint-16").glob("rng_state_*.pth"))) == 2
