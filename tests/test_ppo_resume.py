@@ -4,8 +4,10 @@ The fast tests stop a trainer in this process, at each place where a kill may fa
 """
 
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -277,6 +279,7 @@ def test_what_would_cut_a_rollout_or_shard_the_base_is_refused_by_name(tmp_path,
 
 # Killed as processes
 
+WARM = "warm"  # a process forked behind the imports, which are most of a run's time
 KEYS = {
     "use_cpu": True, "seed": 3, "max_length": 256, "learning_rate": 1e-2, "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2, "num_ppo_epochs": 2, "num_mini_batches": 1, "response_length": 6,
@@ -293,8 +296,31 @@ def last_step(folder):
     return json.loads(lines[-1])["step"] if lines else 0
 
 
+def warm(path, argv, folder, said):
+    """Run a script as `python` does, in a process that has its imports already."""
+    os.chdir(folder)
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.argv = argv
+    runpy.run_path(path, run_name="__main__")
+
+
+def start(program, argv, folder, said):
+    """Start a script; its process id, and what tells how it ended, None while it runs."""
+    if program == WARM:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["rlhf.ppo", "evaluation.probes"])
+        forked = context.Process(target=warm, args=(argv[0], argv, folder, said))
+        forked.start()
+        return forked.pid, lambda: forked.exitcode
+    with said.open("w") as out:
+        process = subprocess.Popen([*program, *argv], cwd=folder, stdout=out, stderr=out, start_new_session=True)
+    return process.pid, process.poll
+
+
 def script(folder, program, folders, keys, kill=None):
-    """Run the script in `folder`, from its last whole checkpoint; whether it came to its end.
+    """Run the script, from the last whole checkpoint in `folder`; whether it came to its end.
 
     `kill` is how many steps of the process are waited for and how many seconds more, before it is killed with all ranks.
     """
@@ -302,40 +328,34 @@ def script(folder, program, folders, keys, kill=None):
     values = {**keys, "output_dir": str(folder), "model_name_or_path": folders["base"], "dataset": folders["data"]}
     values |= {"sft_adapter": folders["sft"], "reward_adapter": folders["reward"]}
     folder.mkdir(exist_ok=True)
-    config = folder.with_suffix(".yaml")
+    config, said = folder.with_suffix(".yaml"), folder.with_suffix(".log")
     config.write_text(yaml.safe_dump(values))
-    command = [*program, str(ROOT / "rlhf" / "ppo.py"), "--config", str(config)]
-    command += [f"--resume_from_checkpoint={checkpoint}"] if checkpoint else []
-    with folder.with_suffix(".err").open("w") as err:
-        process = subprocess.Popen(
-            command, cwd=folder.parent, env={**os.environ, **ENV}, stdout=err, stderr=err, start_new_session=True
-        )
-        try:
-            if kill is not None:
-                steps, seconds = kill
-                begin = checkpoint.name.removeprefix("checkpoint-") if checkpoint else 0
-                begun = False
-                while process.poll() is None and not (begun and last_step(folder) >= int(begin) + steps):
-                    # What an earlier process wrote beyond the checkpoint is not this one's.
-                    begun = begun or last_step(folder) <= int(begin)
-                    time.sleep(0.005)
-                time.sleep(seconds)
-            else:
-                process.wait(timeout=1200)
-        finally:
-            ended = process.poll()
-            if ended is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    argv = [str(ROOT / "rlhf" / "ppo.py"), "--config", str(config)]
+    argv += [f"--resume_from_checkpoint={checkpoint}"] if checkpoint else []
+    begin = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+    pid, status = start(program, argv, folder.parent, said)
+    begun, deadline = False, time.monotonic() + 1200
+    try:
+        while status() is None and time.monotonic() < deadline:
+            begun = begun or last_step(folder) <= begin  # what is logged beyond it is of an earlier process
+            if kill and begun and last_step(folder) >= begin + kill[0]:
+                time.sleep(kill[1])
+                break
+            time.sleep(0.005)
+    finally:
+        if (ended := status()) is None:
+            os.killpg(pid, signal.SIGKILL)
+            while status() is None:
+                time.sleep(0.005)
     print(f"from {checkpoint and checkpoint.name}, left out {damaged}, kill {kill}: step {last_step(folder)}, {ended}")
-    assert ended in (None, 0), folder.with_suffix(".err").read_text()[-3000:]
+    assert ended == 0 or (kill and ended is None), said.read_text()[-3000:]
     return ended == 0
 
 
 def kill_often(times, steps, program, folders, keys, tmp_path):
     """An uninterrupted run, and one that is killed so many times at random moments; where it ends early, another."""
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    assert script(whole, program, folders, keys)
+    assert script(whole, [sys.executable] if program == WARM else program, folders, keys)
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
     moments, killed = random.Random(seed), 0
@@ -358,15 +378,23 @@ def kill_often(times, steps, program, folders, keys, tmp_path):
     return whole
 
 
+@pytest.fixture
+def environment(monkeypatch):
+    for name, value in ENV.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("environment")
 def test_ten_kills_at_random_moments(folders, tmp_path):
     """24 prompts are 6 rollouts; 16 rollouts are 32 steps, into the third epoch of the data."""
     keys = {**KEYS, "total_episodes": 64}
-    whole = kill_often(10, 32, [sys.executable], folders, keys, tmp_path)
+    whole = kill_often(10, 32, WARM, folders, keys, tmp_path)
     assert read_record(whole)["hardware"]["processes"] == 1
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("environment")
 def test_two_ranks_killed_at_random_moments(folders, tmp_path):
     """8 episodes a rollout of two ranks, 3 rollouts an epoch, 8 rollouts in all. MULTI_CPU would start one process."""
     config = {
