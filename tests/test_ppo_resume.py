@@ -218,8 +218,11 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_none(what, whole, folders
     source, folder = whole(), tmp_path / "run"
     killed_at(folder, source, 12, 16)
     owner, name = TORN[what]
+    own = getattr(owner, name)
 
     def kill(self, path, *args, **kwargs):
+        if "checkpoint-16" not in str(path):
+            return own(self, path, *args, **kwargs)  # the watch saves its best adapter too
         if name == "save_to_json":
             Path(path).write_text('{"global_step": 16, ')
         raise Killed
@@ -299,7 +302,6 @@ def last_step(folder):
 def warm(path, argv, folder, said):
     """Run a script as `python` does, in a process that has its imports already."""
     os.chdir(folder)
-    os.setsid()
     for stream in (1, 2):
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.argv = argv
@@ -344,7 +346,7 @@ def script(folder, program, folders, keys, kill=None):
             time.sleep(0.005)
     finally:
         if (ended := status()) is None:
-            os.killpg(pid, signal.SIGKILL)
+            (os.kill if program == WARM else os.killpg)(pid, signal.SIGKILL)
             while status() is None:
                 time.sleep(0.005)
     print(f"from {checkpoint and checkpoint.name}, left out {damaged}, kill {kill}: step {last_step(folder)}, {ended}")
