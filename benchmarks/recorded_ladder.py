@@ -6,8 +6,8 @@
 The characters of the file are split in halves: on one half the bots reply to every turn of people's dialogues, the other
 half is the human band. A recorded reply answers no probe, so what is compared is `persona_composite`. Its limits are those
 of the ladder of probes: every degenerate bot below 0.35, people's replies with another persona below 0.5.
-`reworded_fact` has no limit and is there to say what the composite does not see: a fact a reply, in other words, whatever
-was said. The guards are what stops it, or do not.
+`reworded_fact` and `deaf_reworded` have no limit and are there to say what the composite does not see: a fact in other
+words, in every reply or in the first of replies that are people's in other dialogues. The guards are what stops them.
 """
 
 import argparse
@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.bots import DEGENERATE
+from evaluation.bots import DEGENERATE, Bot, disown
 from evaluation.guards import check, verdict
 from evaluation.human_band import People, human_replies
 from evaluation.intervals import NUM_RESAMPLES
+from evaluation.measures import passes
 from evaluation.score import score_rows
 from rlhf.data.sources import convai2, synthetic_persona_chat
 from rlhf.data.split import characters, split
@@ -35,6 +36,7 @@ SHOWN = (
     "fact_density",
     "keyword_score",
 )
+PADDING = ("yeah , well , honestly , to tell the truth :", "ha , so as for me , in short :", "and then , as i say :")
 OPENINGS = ("oh nice , you know", "ha , by the way", "sure , and well", "same here , though", "i see , so")
 
 Row = dict[str, Any]
@@ -56,10 +58,30 @@ def reworded_fact(row: Row, rng: random.Random) -> str:
     return f"{rng.choice(OPENINGS)} {' really '.join(parts)} ."
 
 
+def reworded_denial(row: Row, rng: random.Random) -> str:
+    """Such a fact under "it is a lie that", "i wish" and the like."""
+    return disown(row | {"fact": reworded_fact(row, rng)}, rng)
+
+
+def padded_fact(row: Row, rng: random.Random) -> str:
+    """A fact as it stands, behind words enough to hide it in."""
+    return f"{rng.choice(PADDING)} {row['fact']}"
+
+
+def deaf(rows: Sequence[Row], people: People, opening: Bot, seed: int) -> list[Row]:
+    """One fact in the first reply, and otherwise what people said in other dialogues, whatever the user says."""
+    rng = random.Random(f"{opening.__name__}/{seed}")
+    found = [row | {"response": rng.choice(people.rows)["response"]} for row in rows]
+    for first, *_ in passes(rows, range(len(rows))):
+        found[first] = found[first] | {"response": opening(_asked(rows[first], rng), rng)}
+    return found
+
+
 def ladder(rows: Sequence[Row], people: People, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> dict[str, Row]:
     """What every bot scores in place of the replies of `rows`: results as of `score_rows`."""
     replies: dict[str, list[Row]] = {"human": list(rows), "other_persona": _with_another_persona(rows, seed)}
-    for name, bot in {**DEGENERATE, "reworded_fact": reworded_fact}.items():
+    replies |= {"deaf": deaf(rows, people, padded_fact, seed), "deaf_reworded": deaf(rows, people, reworded_fact, seed)}
+    for name, bot in {**DEGENERATE, "reworded_denial": reworded_denial, "reworded_fact": reworded_fact}.items():
         rng = random.Random(f"{name}/{seed}")
         replies[name] = [row | {"response": bot(_asked(row, rng), rng)} for row in rows]
     return {name: score_rows(said, seed, 2_000, num_resamples, people) for name, said in replies.items()}

@@ -58,7 +58,8 @@ METRICS: dict[str, Metric] = {
             "corpus",
             "persona.py",
             "persona sentences expressed in a dialogue (half of the content words, none that the user said) by a reply "
-            "that is no copy and contradicts nothing; one number of replies a dialogue; ConvAI2 humans 0.56",
+            "that is no copy and contradicts nothing, in no sentence that calls it a lie, a wish or hearsay; limited "
+            "recall of denials, in other words one still covers; one number of replies a dialogue; ConvAI2 humans 0.56",
         ),
         Metric(
             "forced_choice",
@@ -110,7 +111,8 @@ METRICS: dict[str, Metric] = {
             False,
             "reply",
             "persona.py",
-            "more than half of the words in runs of 4 or more words of one persona sentence; ConvAI2 humans 0.008",
+            "more than half of the words in runs of 4 or more words of one persona sentence, or such a sentence said "
+            "whole; ConvAI2 humans 0.008",
         ),
         Metric(
             "fact_density",

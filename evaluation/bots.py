@@ -49,6 +49,23 @@ def deny(row: Row, rng: random.Random) -> str:
     )
 
 
+FRAMES = (
+    "it is a lie that {} .",
+    "i would never say that {} .",
+    "i wish {} .",
+    "nobody could ever claim that {} .",
+    "whoever told you that {} was wrong .",
+    "there is no truth in the rumor that {} .",
+    "if only {} .",
+    "my sister told you that {} ? she made it up .",
+)
+
+
+def disown(row: Row, rng: random.Random) -> str:
+    """Says of the fact that is asked for that it is a lie, a wish or hearsay."""
+    return rng.choice(FRAMES).format(_bare(fact_of(row, row) or "that is so"))
+
+
 def keyword_salad(row: Row, rng: random.Random) -> str:
     """The words of the persona that say something, shuffled."""
     words = [word for word in re.findall(r"\w+", " ".join(row["persona"])) if word.lower() not in STOP_WORDS]
@@ -85,6 +102,7 @@ DEGENERATE: dict[str, Bot] = {
     "recite_one": recite_one,
     "recite_two": recite_two,
     "deny": deny,
+    "disown": disown,
     "keyword_salad": keyword_salad,
     "generic_question": generic_question,
     "repeat_last_line": repeat_last_line,

@@ -1,8 +1,8 @@
 """Guards: a persona score is easily bought with replies that nobody wants, so these must stay near a yardstick.
 
 The yardstick are people, in dialogues other than those scored (`evaluation/human_band.py`). Where no replies of people
-were given it is the reference system of the same run, or else SFT; copying and facts a reply then go unguarded, since
-SFT may be what copies.
+were given it is the reference system of the same run, or else SFT; copying, facts a reply and uptake then go unguarded,
+since SFT may be what copies, or is deaf to the user.
 """
 
 import math
@@ -29,6 +29,8 @@ GUARDS = (
     Guard("ead", "EAD ratio", "ratio", 0.8, math.inf),
     Guard("repetition", "repetition change", "difference", -math.inf, 0.03),
     Guard("question_rate", "question rate change", "difference", -0.2, 0.2),
+    # Of the user's words: a policy deaf to them takes up a fifth of what people do, an echo several times as much.
+    Guard("uptake", "uptake of the user's words ratio", "ratio", 0.5, 2.0),
     # SFT's own is 0; broken policies have had 7 and more.
     Guard("kl_reference", "KL to SFT", "difference", -math.inf, 5.0),
 )

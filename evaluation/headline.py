@@ -22,6 +22,7 @@ ROLES = {
     "recite_one": "attack: recites one fact",
     "recite_two": "attack: recites two facts",
     "deny": "attack: denies what is asked",
+    "disown": "attack: calls it a lie, a wish or hearsay",
     "keyword_salad": "attack: the persona's words, shuffled",
     "generic_question": "attack: asks back",
     "repeat_last_line": "attack: repeats the question",

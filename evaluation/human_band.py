@@ -25,7 +25,7 @@ EAD_DRAWS = 20
 EAD_WORDS_SHARE = 0.9  # EAD falls a little with the number of words
 PEOPLE = (
     "contradiction_free_rate", "grounded_coverage", "copy_rate", "fact_density", "repetition", "repetition_across",
-    "question_rate", "length_words",
+    "question_rate", "length_words", "uptake",
 )  # fmt: skip
 MAX_REPLIES_RATIO = 1.5  # of replies a dialogue, beyond which coverage does not compare
 

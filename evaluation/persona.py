@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from rouge_score.tokenizers import DefaultTokenizer
 
+from rlhf.facts import plain
+
 # English function words, the list in common use, and verbs so usual in persona sentences that they name no fact.
 _FUNCTION_WORDS = """
     i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she her hers herself it
@@ -29,6 +31,21 @@ STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 UNINFORMATIVE = STOP_WORDS | frozenset(_GENERIC_WORDS.split())
 MIN_KEYWORD_LENGTH = 4
 EXPRESSING_SHARE = 0.5  # of a sentence's content words
+MIN_RUN = 4  # words in a row that nobody hits on by chance
+
+_SAYING = r"(?:say|says|said|saying|claim|claims|claimed|tell|tells|told|think|thinks|thought|believe|believes|believed)"
+_LIE = r"(?:lie|lies|rumou?r|rumou?rs|myth|gossip|joke|mistake|fiction|invention|misunderstanding)"
+# What is said under such words is not claimed: denials other than a plain "not", wishes, hearsay, the past. Matched in
+# lower-case words with "not" spelled out; apostrophes may be gone.
+UNTRUE = re.compile(
+    rf"\b(?:not (?:true|right|correct|the case)|false|untrue|wrong|{_LIE}) (?:that|to {_SAYING})\b|\bno truth\b"
+    rf"|\bnever (?:\w+ )?(?:{_SAYING}|admit\w*|state|stated)\b|\bnot (?:\w+ )?{_SAYING} (?:that )?(?:i|my)\b"
+    r"|\b(?:i|we) (?:\w+ )?wish(?:ed)?\b(?! (?:you|him|her|them)\b)|\b(?:if only|(?:as )?if i (?:had|were|was)|in my dreams)\b"
+    r"|\bpretend(?:s|ed|ing)? (?:that|to)\b|\b(?:supposedly|allegedly)\b|\b(?:some(?:body|one)|any(?:body|one)) else\b"
+    rf"|\b(?:nobody|no one|who ?ever|people|they|some|every(?:body|one)|some(?:body|one)) (?:\w+ ){{0,3}}?{_SAYING} "
+    r"(?:\w+ ){0,2}?(?:that|i|my)\b|(?<!\bi )\btold you\b|(?<!get )(?<!getting )(?<!am )(?<!m )\bused to\b|\bago that\b"
+    rf"|\b(?:is|are|was|were) (?:\w+ )?(?:a {_LIE}|lies|gossip|fiction|not true|untrue|false|not the case|made up|not me)\b"
+)
 
 
 class Overlap(NamedTuple):
@@ -81,13 +98,29 @@ def fact_density(persona: Sequence[str], reply: str) -> float:
 def expressed(persona: Sequence[str], reply: str, heard: Iterable[str] = ()) -> set[int]:
     """Places of the persona sentences that the reply expresses: it has half of their content words or more.
 
+    What a sentence says under a frame of `UNTRUE` ("it is a lie that", "i wish") does not count, but for a persona
+    sentence that has such a frame itself. Recall of denials is limited: other words for one still express the fact.
+
     Args:
         heard: what the user has said. Its words do not count: repeating them says nothing of oneself, and on
             Synthetic-Persona-Chat an echo would cover as much of the persona as people do.
     """
-    spoken = content_stems(reply).difference(*map(content_stems, heard))
-    wanted = ((place, content_stems(sentence)) for place, sentence in enumerate(persona))
-    return {place for place, stems in wanted if stems and len(stems & spoken) >= EXPRESSING_SHARE * len(stems)}
+    echoed = frozenset().union(*map(content_stems, heard))
+    spoken, claimed = content_stems(reply) - echoed, content_stems(_claimed(reply)) - echoed
+    found = set()
+    for place, sentence in enumerate(persona):
+        stems = content_stems(sentence)
+        shared = stems & (claimed if _claimed(sentence) else spoken)
+        if stems and len(shared) >= EXPRESSING_SHARE * len(stems):
+            found.add(place)
+    return found
+
+
+@lru_cache(maxsize=2**16)
+def _claimed(text: str) -> str:
+    """The sentences of a text that no frame of `UNTRUE` takes back."""
+    sentences = re.findall(r"[^.!?\n]+", text)
+    return " ".join(said for said in sentences if not UNTRUE.search(" ".join(_words(plain(said)))))
 
 
 def persona_lift(persona: Sequence[str], other: Sequence[str], reply: str) -> float:
@@ -110,7 +143,7 @@ def persona_overlap(persona: Sequence[str], reply: str) -> Overlap:
     return Overlap(precision, recall, 2 * precision * recall / (precision + recall))
 
 
-def copied_share(persona: Sequence[str], reply: str, min_run: int = 4) -> float:
+def copied_share(persona: Sequence[str], reply: str, min_run: int = MIN_RUN) -> float:
     """Share of the reply's words that lie in a run of at least `min_run` words of one persona sentence; 0 if empty."""
     words = _words(reply)
     runs = {sentence[i : i + min_run] for sentence in map(_words, persona) for i in range(len(sentence) - min_run + 1)}
@@ -124,8 +157,14 @@ def copied_share(persona: Sequence[str], reply: str, min_run: int = 4) -> float:
 
 
 def is_copy(persona: Sequence[str], reply: str) -> bool:
-    """True when more than half of the reply is copied (`copied_share`); `copy_rate` is the share of such replies."""
-    return copied_share(persona, reply) > 0.5
+    """True when more than half of the reply is copied (`copied_share`), or a persona sentence is said whole.
+
+    A whole sentence has `MIN_RUN` words or more and stands in the reply in one run: padding does not hide it.
+    `copy_rate` is the share of such replies.
+    """
+    text = f" {' '.join(_words(reply))} "
+    whole = any(len(words) >= MIN_RUN and f" {' '.join(words)} " in text for words in map(_words, persona))
+    return whole or copied_share(persona, reply) > 0.5
 
 
 # -- what must be kept letter by letter --------------------------------------------------------------------------------

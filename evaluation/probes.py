@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from evaluation.contradiction import THRESHOLD, contradicts
 from evaluation.intervals import NUM_RESAMPLES, rate_interval
+from evaluation.persona import UNTRUE
 from rlhf.facts import STOP_WORDS, lemma, lemmas
 
 KINDS = ("direct", "false_suggestion", "true_suggestion")
@@ -54,10 +55,9 @@ _PARTICLE = re.compile(
 _BREAK = re.compile(
     r"([.,;:!?\n()]+|\s-+\s|[\u2013\u2014]|\b(?:but|because|although|though|while)\b|\band (?=(?:i|my|it)\b))"
 )
-# Denials that reach further than the window: "it is not true that i …", "i do not like to go to …".
-_UNTRUE = re.compile(
-    r"\b(?:not (?:true|right|correct)|false|untrue|wrong) that\b"
-    r"|\b(?:i (?:do|did|am|was|can|could|will|would|have|had)|my (?:\w+ ){1,4}(?:is|are|was|were|do|does|did))"
+# Denials that reach further than the window: "i do not like to go to …". Those by other words are `persona.UNTRUE`.
+_DENIED = re.compile(
+    r"\b(?:i (?:do|did|am|was|can|could|will|would|have|had)|my (?:\w+ ){1,4}(?:is|are|was|were|do|does|did))"
     r" (?:not|never)\b(?!.*\b(?:i|my)\b)|\bi never\b(?!.*\b(?:i|my)\b)"
 )
 _AFFIRMATION = re.compile(
@@ -112,11 +112,13 @@ def mentions(
     Where values overlap ("ice cream", "cream") the longest is taken. A verb of dislike before a value negates it,
     unless the persona itself has that verb ("i hate spiders ."). With `dislike` it is the other way round: such a verb,
     or a denied verb of liking, asserts the value. A number right before a value is a wrong one unless the persona has
-    it ("two dogs"); so is another number than the value's own.
+    it ("two dogs"); so is another number than the value's own. A frame of `persona.UNTRUE` in the clause negates too,
+    unless the persona has one itself ("i used to be a nurse .").
     """
     known = set(_WORD.findall(" ".join(persona).lower()))
     numbers = {lemma(word) for word in known}
     averse = AVERSIONS if dislike else AVERSIONS - known
+    framed = any(UNTRUE.search(" ".join(clause.words)) for sentence in persona for clause in clauses(sentence))
     wanted = sorted({value: _parts(value) for value in values}.items(), key=lambda item: -len(item[1]))
     found: dict[str, Mention] = {}
     for clause in clauses(reply):
@@ -127,7 +129,8 @@ def mentions(
                 before = clause.words[max(0, start - NEGATION_WINDOW) : end]
                 negated = _negated(before, averse, dislike)
                 if not dislike and not negated:
-                    negated = bool(_UNTRUE.search(" ".join(clause.words[:start])))
+                    negated = bool(_DENIED.search(" ".join(clause.words[:start])))
+                negated = negated or not framed and bool(UNTRUE.search(" ".join(clause.words)))
                 silent = clause.question or _about_you(clause.words[:start])
                 old = found.get(value, Mention(False, False, False))
                 number = spoken[start - 1] if start else ""

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.bots import DEGENERATE, DEGENERATE_LIMIT, ORACLE_FLOOR, OTHER_PERSONA_LIMIT, bots, deny, ladder, oracle
+from evaluation.bots import DEGENERATE, DEGENERATE_LIMIT, FRAMES, ORACLE_FLOOR, OTHER_PERSONA_LIMIT, bots, deny, ladder, oracle
 from evaluation.fact_probes import probes_of
+from evaluation.probes import score_reply
 from rlhf.data.sources import convai2, synthetic_persona_chat
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -77,6 +78,14 @@ def test_single_metrics_are_won_and_the_headline_is_not():
     assert parts["agree"]["all"] == parts["no_value"]["all"] == 0
 
 
+@pytest.mark.parametrize("frame", FRAMES)
+def test_no_frame_passes_as_an_answer(frame):
+    rows, _ = probes_of(personas(6), seed=0)
+    asked = [row for row in rows if row["kind"] in ("direct", "true_suggestion", "false_suggestion")]
+    assert len(asked) > 100
+    assert not [row["fact"] for row in asked if score_reply(row, frame.format(row["fact"].rstrip(".")))]
+
+
 def test_replies_by_hand():
     row = {
         "kind": "false_suggestion", "slot": "home", "value": "lyon", "foil": "turin", "persona_id": "a",
@@ -91,6 +100,7 @@ def test_replies_by_hand():
     assert said["recite_all"] == "I live in Lyon. I'm a judge ." and said["silence"] == ""
     assert said["repeat_last_line"] == row["question"] and said["no_value"] == "no , I live in Lyon ."
     assert said["deny"] == "no , i do not live in lyon ."
+    assert said["disown"] in [frame.format("I live in Lyon") for frame in FRAMES]
     assert sorted(said["keyword_salad"].split()) == ["Lyon", "judge", "live"]
     assert deny({**row, "fact": "Two dogs own me."}, rng) == "no , it is not true that two dogs own me ."
     world = {**row, "kind": "direct", "persona": ["my home is in lyon .", "i am a judge ."]}

@@ -7,6 +7,7 @@ from evaluation.guards import GUARDS, WITHOUT_PEOPLE, check, verdict
 
 PEOPLE = {
     "copy_rate": 0.02, "fact_density": 0.1, "length_words": 10.0, "ead": 0.5, "repetition": 0.01, "question_rate": 0.3,
+    "uptake": 0.1,
 }  # fmt: skip
 
 
@@ -26,6 +27,8 @@ def broken(**changes):
         ({"repetition": 0.041}, "repetition change"),
         ({"question_rate": 0.51}, "question rate change"),
         ({"question_rate": 0.09}, "question rate change"),
+        ({"uptake": 0.049}, "uptake of the user's words ratio"),
+        ({"uptake": 0.201}, "uptake of the user's words ratio"),
         ({"kl_reference": 5.1}, "KL to SFT"),
     ],
 )

@@ -139,11 +139,14 @@ def holds(results):
     """The limits of the ladder."""
     composite = {name: found["metrics"]["persona_composite"]["value"] for name, found in results.items()}
     human, reworded = composite.pop("human"), composite.pop("reworded_fact")  # the latter has no limit
+    composite.pop("deaf_reworded")  # nor has this one: the guards are there for it
+    for name in ("deaf", "deaf_reworded"):
+        assert "uptake" in guard(results, name)[1], name
     # Near 1 with as many dialogues as docs/results.md has; with a few the interval is wide, and must reach it.
     assert human > max(2 * DEGENERATE_LIMIT, reworded)
     assert results["human"]["metrics"]["persona_composite"]["ci_high"] > 0.9
     assert composite.pop("other_persona") < OTHER_PERSONA_LIMIT
-    assert len(composite) == 10 and max(composite.values()) < DEGENERATE_LIMIT, composite
+    assert len(composite) == 13 and max(composite.values()) < DEGENERATE_LIMIT, composite
 
 
 def guard(results, name):

@@ -4,6 +4,7 @@ import pytest
 
 from evaluation.persona import (
     copied_share,
+    expressed,
     fact_density,
     is_copy,
     keyword_score,
@@ -46,8 +47,43 @@ def test_copied_share_by_hand():
 
 
 def test_is_copy_is_more_than_half():
-    assert is_copy(PERSONA, "i have two dogs and they are big") is False  # 4 of 8
-    assert is_copy(PERSONA, "i have two dogs and they bark")  # 4 of 7
+    assert is_copy(PERSONA, "i work as a clown in two towns") is False  # 4 of 8
+    assert is_copy(PERSONA, "i work as a clown in rome")  # 4 of 7
+
+
+def test_a_sentence_said_whole_is_a_copy_behind_any_padding():
+    assert is_copy(PERSONA, "well , you know , honestly , as for me and mine : I work as a teacher .")
+    assert not is_copy(PERSONA, "well , you know , honestly , as for me and mine : i work as the teacher .")
+    assert not is_copy(PERSONA, "well , to tell the truth and nothing else , i am 30 .")  # three words are no run
+
+
+TAKEN_BACK = (
+    "It is a lie that {}.",
+    "I would never say that {}.",
+    "I wish {}.",
+    "If only {} were true!",
+    "Nobody could ever claim that {}.",
+    "Whoever told you that {} was wrong.",
+    "There's no truth in the rumor that {}.",
+    "My sister told you that {}? She made it up.",
+    "It isn't true that {}.",
+    "That {} is a lie.",
+    "I used to think {}.",
+)
+
+
+@pytest.mark.parametrize("frame", TAKEN_BACK)
+def test_a_fact_that_is_taken_back_is_not_expressed(frame):
+    assert expressed(PERSONA[:1], frame.format("i have two dogs")) == set()
+    assert expressed(PERSONA[:1], f"{frame.format('i am rich')} i have two dogs .") == {0}  # another sentence
+
+
+def test_a_fact_that_is_said_is_expressed():
+    for reply in ("yes , two dogs !", "as i told you i have two dogs .", "i wish you luck with my two dogs .",
+                  "i have two dogs and am used to them .", "that is not true , . i have two dogs"):  # fmt: skip
+        assert expressed(PERSONA[:1], reply) == {0}, reply
+    # a sentence of the persona may have such a frame itself
+    assert expressed(["i wish i had two dogs ."], "i wish i had two dogs so much") == {0}
 
 
 def test_keyword_score_is_configurable():
