@@ -80,7 +80,10 @@ def deaf(rows: Sequence[Row], people: People, opening: Bot, seed: int) -> list[R
 def ladder(rows: Sequence[Row], people: People, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> dict[str, Row]:
     """What every bot scores in place of the replies of `rows`: results as of `score_rows`."""
     replies: dict[str, list[Row]] = {"human": list(rows), "other_persona": _with_another_persona(rows, seed)}
-    replies |= {"deaf": deaf(rows, people, padded_fact, seed), "deaf_reworded": deaf(rows, people, reworded_fact, seed)}
+    replies |= {
+        "deaf": deaf(rows, people, padded_fact, seed),
+        "deaf_reworded": deaf(rows, people, reworded_fact, seed),
+    }
     for name, bot in {**DEGENERATE, "reworded_denial": reworded_denial, "reworded_fact": reworded_fact}.items():
         rng = random.Random(f"{name}/{seed}")
         replies[name] = [row | {"response": bot(_asked(row, rng), rng)} for row in rows]

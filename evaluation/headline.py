@@ -9,6 +9,8 @@ from evaluation.charts import CLAIM, hue_of
 from evaluation.guards import WITHOUT_PEOPLE, Check, check, verdict
 from evaluation.results import ANCHORS, ATTACKS, FLOORS, HEADLINE, Score, System
 
+EAD_FLOOR = 0.75  # of people's: with the guard's ratio of .8, nobody passes below .6 of them
+
 ROLES = {
     "base": "before persona training",
     "sft": "supervised fine-tuning",
@@ -132,7 +134,9 @@ def guards(system: System, systems: list[System]) -> list[Check]:
         sft = of_run(system, systems, ("sft",))
         if sft and "ead" in sft.metrics and yardstick["ead"] is not None:
             # Greedy decoding says fewer different words than people whatever was trained; what was lost since counts.
-            yardstick["ead"] = min(yardstick["ead"], sft.metrics["ead"].value)
+            # An SFT that has collapsed is no yardstick, neither for others nor for itself.
+            kept = max(sft.metrics["ead"].value, EAD_FLOOR * yardstick["ead"])
+            yardstick["ead"] = min(yardstick["ead"], kept)
     return check({name: score.value for name, score in system.metrics.items()}, yardstick)
 
 

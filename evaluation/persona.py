@@ -33,7 +33,9 @@ MIN_KEYWORD_LENGTH = 4
 EXPRESSING_SHARE = 0.5  # of a sentence's content words
 MIN_RUN = 4  # words in a row that nobody hits on by chance
 
-_SAYING = r"(?:say|says|said|saying|claim|claims|claimed|tell|tells|told|think|thinks|thought|believe|believes|believed)"
+_SAYING = (
+    r"(?:say|says|said|saying|claim|claims|claimed|tell|tells|told|think|thinks|thought|believe|believes|believed)"
+)
 _LIE = r"(?:lie|lies|rumou?r|rumou?rs|myth|gossip|joke|mistake|fiction|invention|misunderstanding)"
 # What is said under such words is not claimed: denials other than a plain "not", wishes, hearsay, the past. Matched in
 # lower-case words with "not" spelled out; apostrophes may be gone.
@@ -218,6 +220,11 @@ def _stem(word: str) -> str:
 @cache
 def _tokenizer(stem: bool) -> DefaultTokenizer:
     return DefaultTokenizer(use_stemmer=stem)
+
+
+def unreadable(text: str) -> bool:
+    """True for a text with letters of which the tokeniser sees none: it reads a to z and 0 to 9."""
+    return not _words(text) and any(map(str.isalpha, text))
 
 
 def _checked(persona: Sequence[str]) -> Sequence[str]:

@@ -16,6 +16,7 @@ from evaluation.human_band import People, human_band, human_replies, human_value
 from evaluation.intervals import NUM_RESAMPLES
 from evaluation.measures import REASONS, independent, measure_intervals, measures, metric_row
 from evaluation.overlap import ROUGE_SIGNATURE, bleu_signature, normalize
+from evaluation.persona import unreadable
 from rlhf.files import git_commit, versions, write_json, write_jsonl
 from rlhf.persona import parse_prompt
 
@@ -23,6 +24,16 @@ logger = logging.getLogger(__name__)
 
 MAX_REJECTED_SHARE = 0.05
 DISTINCT_TOKENS = 10_000
+
+# Metrics by the tokeniser of `evaluation.persona`, by what they read: without a word of it they would be 0 or 1.
+_OF_PERSONAS = {"copy_rate", "fact_density", "persona_precision", "persona_recall", "persona_f1", "persona_lift",
+                "keyword_score", "contradiction_free_rate", "grounded_coverage", "persona_composite"}  # fmt: skip
+_OF_REFERENCES = {"rouge1", "rouge2", "rougeL"}
+WORD_METRICS = {
+    "personas": _OF_PERSONAS,
+    "responses": _OF_PERSONAS | _OF_REFERENCES | {"uptake", "follow_up_rate"},
+    "references": _OF_REFERENCES,
+}
 
 Row = dict[str, Any]
 
@@ -157,6 +168,18 @@ def score_rows(
         logger.warning(
             "distinct-n over %d tokens, all there are (asked: %d): compare it at this size only", used, distinct_tokens
         )
+    unread = {
+        "personas": sum(unreadable(" ".join(row["persona"])) for row in rows),
+        "responses": sum(map(unreadable, replies)),
+        "references": sum(unreadable(row["reference"] or "") for row in rows),
+    }
+    if any(unread.values()):
+        logger.warning("letters that the tokeniser cannot read (a to z, 0 to 9 alone): rows by field %s", unread)
+    for field, names in WORD_METRICS.items():
+        if unread[field] == len(rows):
+            for name in names & metrics.keys():
+                del metrics[name]
+                not_scored[name] = f"no row has {field} in letters that the tokeniser can read (a to z, 0 to 9)"
     for n in (1, 2):
         if max(lengths) < n:
             not_scored[f"distinct_{n}"] = f"no reply has {n} tokens"
@@ -173,6 +196,7 @@ def score_rows(
         "rows": len(rows),
         "rows_without_persona": sum(not row["persona"] for row in rows),
         "rows_without_reference": sum(row["reference"] is None for row in rows),
+        "rows_not_readable": unread,
         "empty_responses": sum(not reply.strip() for reply in replies),
         "clusters": {"unit": unit, "n": len(set(clusters))},
         "num_resamples": num_resamples,

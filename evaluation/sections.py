@@ -9,6 +9,7 @@ from evaluation.baselines import load_baselines
 from evaluation.charts import Chart, Lines, bars, curve, stacked, turn_lines
 from evaluation.dialogues import KINDS, KINDS_APART, SPLITS
 from evaluation.drift import MIN_KEPT, half_life_words, measure_drift
+from evaluation.engagement import length_words
 from evaluation.guards import GUARDS
 from evaluation.headline import (
     Cell,
@@ -27,6 +28,7 @@ from evaluation.headline import (
     yardstick_words,
 )
 from evaluation.human_band import in_words
+from evaluation.persona import fact_density, is_copy
 from evaluation.results import ANCHORS, APART, HEADLINE, Score, Stage, System, finite, ordered
 
 # Rows of "All metrics", for reading; a metric that is in no group comes last.
@@ -62,10 +64,39 @@ def make_sections(systems: list[System], stages: list[Stage]) -> list[Section]:
     """All sections that have something to say, in the report's order."""
     shown = without_attacks(systems)
     sections = (
-        _ladder(systems), _kinds(shown), _turns(shown), _splits(shown), _all_metrics(shown), _guard_section(shown),
+        _probe_replies(shown), _ladder(systems), _kinds(shown), _turns(shown), _splits(shown), _all_metrics(shown), _guard_section(shown),
         _reward(systems, stages), _curves(stages), _costs(stages), _baselines(systems), _provenance(systems, stages),
     )  # fmt: skip
     return [section for section in sections if section.charts or section.tables or section.notes]
+
+
+def _probe_replies(systems: list[System]) -> Section:
+    """What the replies look like that the headline is made of: the guards see replies in dialogues alone."""
+    rows = []
+    for system in systems:
+        asked = [
+            row
+            for row in system.replies
+            if row.get("correct") is not None and row.get("decoding") == "greedy" and row.get("persona")
+        ]
+        if not asked:
+            continue
+        pairs = [(row["persona"], row["response"]) for row in asked]
+        shares = (
+            sum(is_copy(*pair) for pair in pairs) / len(pairs),
+            sum(fact_density(*pair) for pair in pairs) / len(pairs),
+            len({reply for _, reply in pairs}) / len(pairs),
+        )
+        words = sum(length_words(reply) for _, reply in pairs) / len(pairs)
+        copied, facts, different = (Cell(f"{100 * share:.1f} %") for share in shares)
+        rows.append([Cell(system.label, f"n {len(pairs):,}"), copied, facts, Cell(plain(words)), different])
+    heads = ["System", "Copied", "Facts touched a reply", "Words a reply", "Different replies"]
+    note = (
+        "The headline is made of greedy replies to probes, and the guards look at replies in dialogues. Read these beside "
+        "the oracle's, which answers with a sentence of the persona, and SFT's: no limit is set, as a short true answer is "
+        "often such a sentence."
+    )
+    return _told("The replies to the probes", [note], [], [Table(heads, rows)] if rows else [])
 
 
 def _ladder(systems: list[System]) -> Section:
@@ -259,8 +290,8 @@ def _guard_section(systems: list[System]) -> Section:
         heads.append(f"{label} ({bounds or f'{low:{form}} to {high:{form}}'})")
     note = (
         "A persona score can be bought with replies that nobody wants. Copying, facts a reply, length, EAD, repetition and "
-        "question rate must stay near people's in other dialogues (generated data have generated replies in that role), EAD "
-        "near SFT's where that is lower; and all near SFT's where no people were measured. Otherwise the headline is marked "
+        "question rate and uptake of the user's words must stay near people's in other dialogues (generated data have generated "
+        "replies in that role), EAD near SFT's where that is lower, down to 0.75 of people's; and all near SFT's where no people were measured. Otherwise the headline is marked "
         "NOT COMPARABLE."
     )
     bands = dict.fromkeys(in_words(s.record["human_band"]) for s in systems if "human_band" in s.record)

@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.bots import DEGENERATE, DEGENERATE_LIMIT, FRAMES, ORACLE_FLOOR, OTHER_PERSONA_LIMIT, bots, deny, ladder, oracle
+from evaluation.bots import (
+    DEGENERATE,
+    DEGENERATE_LIMIT,
+    FRAMES,
+    ORACLE_FLOOR,
+    OTHER_PERSONA_LIMIT,
+    bots,
+    deny,
+    ladder,
+    oracle,
+)
 from evaluation.fact_probes import probes_of
 from evaluation.probes import score_reply
 from rlhf.data.sources import convai2, synthetic_persona_chat

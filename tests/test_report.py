@@ -13,6 +13,8 @@ from markupsafe import Markup
 from evaluation import charts
 from evaluation.__main__ import main
 from evaluation.report import write_report
+from evaluation.results import System
+from evaluation.sections import make_sections
 
 SLOTS = {
     "pet": ("my pet is a {} .", "what pet do you have ?", ["dog", "cat", "parrot", "horse"]),
@@ -385,6 +387,25 @@ def test_people_are_the_yardstick_where_there_is_a_band(tmp_path: Path) -> None:
     guards = table_rows(text, "Guards")
     assert guards["ppo"][1] == "+0.001 (fail)" and "(against people, talks.jsonl)" in text
     assert "People, 900 replies in 300 dialogues of talks.jsonl: copy_rate 0.01." in text
+
+    # An SFT that has collapsed is held against .75 of people's .2, and so is what follows it.
+    for name in ("sft", "ppo"):
+        change(run / f"evaluate/{name}/results.json", lambda r: r["metrics"]["ead"].update(value=0.1194))
+    write_report([run], tmp_path / "out")
+    guards = table_rows((tmp_path / "out/report.md").read_text(), "Guards")
+    assert guards["sft"][4] == guards["ppo"][4] == "0.80 (fail)"  # .796 of .15, 60 % of people's .2
+
+
+def test_replies_to_probes_are_described() -> None:
+    asked = {"decoding": "greedy", "correct": True, "persona": ["i have two big dogs .", "i sail ."]}
+    said = ["i have two big dogs .", "i have two big dogs .", "we sail", "no"]
+    rows = [asked | {"response": reply, "turn": 0} for reply in said]
+    rows += [asked | {"decoding": "sampled", "response": "x"}, asked | {"correct": None, "response": "y"}]
+    part, *_ = make_sections([System("ppo", "ppo", "run", {}, [], {}, rows)], [])
+    (row,) = part.tables[0].rows
+    # 2 of 4 copied; 3 of 8 sentences touched; 5 + 5 + 2 + 1 words; 3 of 4 different
+    assert part.title == "The replies to the probes"
+    assert [cell.text for cell in row] == ["ppo", "50.0 %", "37.5 %", "3.25", "75.0 %"] and row[0].note == "n 4"
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -405,3 +405,20 @@ def test_the_benchmark_scores_what_it_generates():
     result = score_rows(rows, num_resamples=50)
     assert set(result["run"]["not_scored"]) == {"c_score", "verbatim_facts", "persona_composite"}
     assert result["run"]["clusters"] == {"unit": "persona", "n": 4}
+
+
+def test_letters_that_the_tokeniser_cannot_read_are_named_and_not_scored_as_zero(caplog):
+    chinese = "\u6211\u6709\u4e24\u53ea\u72d7"
+    row = {"persona": [chinese], "history": [], "response": chinese, "reference": chinese, "dialogue_id": "1"}
+    found = score_rows([row, row | {"dialogue_id": "2"}], num_resamples=20)
+    assert (
+        not {"copy_rate", "fact_density", "persona_f1", "contradiction_free_rate", "rouge1"} & found["metrics"].keys()
+    )
+    assert found["metrics"]["f1"]["value"] == 100  # split at white space: this one reads it
+    assert found["run"]["rows_not_readable"] == {"personas": 2, "responses": 2, "references": 2}
+    assert found["run"]["not_scored"]["copy_rate"].startswith("no row has ") and "cannot read" in caplog.text
+    some = score_rows([row, row | {"persona": ["i have two dogs ."], "response": "two dogs"}], num_resamples=20)
+    assert some["run"]["rows_not_readable"] == {"personas": 1, "responses": 1, "references": 2}
+    assert "copy_rate" in some["metrics"] and "rouge1" not in some["metrics"]
+    plain = score_rows([row | {"persona": ["hm"], "response": "\U0001f600 !", "reference": ""}], num_resamples=20)
+    assert not any(plain["run"]["rows_not_readable"].values()) and plain["metrics"]["copy_rate"]["value"] == 0
