@@ -363,7 +363,11 @@ def persona_consistency(
         breakdown.append({"metric": "probes_apart", **where, "value": value, **bounds, "n": len(found)})
     asked = len({fact[:2] for rows in facts.values() for fact, _ in rows})
     number = len(personas) if unit == "persona" else len({fact[1] for rows in facts.values() for fact, _ in rows})
-    return {"metrics": metrics, "breakdown": breakdown, "run": {"probe_clusters": {"unit": unit, "n": number}, "probed_facts": asked}}
+    return {
+        "metrics": metrics,
+        "breakdown": breakdown,
+        "run": {"probe_clusters": {"unit": unit, "n": number}, "probed_facts": asked},
+    }
 
 
 class HeldOutProbes:
