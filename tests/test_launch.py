@@ -4,11 +4,11 @@ import importlib.util
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -48,13 +48,15 @@ def launch(request, tiny_llama, dataset, tmp_path):
         command += [str(ROOT / "rlhf" / f"{stage}.py"), "--config", f"{stage}.yaml"]
         process = subprocess.Popen(
             command, cwd=tmp_path, env={**os.environ, **ENV, **(env or {})}, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True, start_new_session=True,
+            stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         try:
             _, said = process.communicate(timeout=600)
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # the ranks too, which would wait for ever
+                # The ranks too, which would wait for ever; they are in sessions of their own.
+                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    each.kill()
         assert process.returncode == status, said[-3000:]
         return tmp_path / "runs" / stage, said
 

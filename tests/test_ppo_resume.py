@@ -13,8 +13,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -317,7 +319,7 @@ def start(program, argv, folder, said):
         forked.start()
         return forked.pid, lambda: forked.exitcode
     with said.open("w") as out:
-        process = subprocess.Popen([*program, *argv], cwd=folder, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen([*program, *argv], cwd=folder, stdout=out, stderr=out)
     return process.pid, process.poll
 
 
@@ -346,7 +348,12 @@ def script(folder, program, folders, keys, kill=None):
             time.sleep(0.005)
     finally:
         if (ended := status()) is None:
-            (os.kill if program == WARM else os.killpg)(pid, signal.SIGKILL)
+            ranks = psutil.Process(pid).children(recursive=True)  # in sessions of their own
+            os.kill(pid, signal.SIGKILL)
+            for rank in ranks:
+                with suppress(psutil.NoSuchProcess):
+                    rank.kill()
+            psutil.wait_procs(ranks)
             while status() is None:
                 time.sleep(0.005)
     print(f"from {checkpoint and checkpoint.name}, left out {damaged}, kill {kill}: step {last_step(folder)}, {ended}")
