@@ -166,17 +166,6 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
-def wilson_at_the_edge(interval: Interval, num_clusters: int) -> Interval:
-    """The interval of a rate, mended where every row is 0 or every row is 1.
-
-    There the bootstrap has zero width, and the Wilson interval with n = number of clusters (the cautious count) takes
-    its place.
-    """
-    if interval.value in (0.0, 1.0):
-        return Interval(interval.value, *wilson(interval.value * num_clusters, num_clusters))
-    return interval
-
-
 # -- shares ------------------------------------------------------------------------------------------------------------
 
 

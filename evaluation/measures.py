@@ -27,10 +27,11 @@ from evaluation.engagement import (
 from evaluation.intervals import (
     NUM_RESAMPLES,
     Interval,
+    Share,
     Statistic,
     bootstrap_together,
+    bounded_together,
     ratio,
-    wilson_at_the_edge,
     with_ones,
 )
 from evaluation.overlap import bleu_from_statistics, bleu_statistics, f1, rouge
@@ -353,6 +354,9 @@ def measure_intervals(
 ) -> dict[str, Interval]:
     """The 95 % interval of each measure. Measures of the same rows share their resamples: drawing is the costly part.
 
+    Shares have bounds that hold for few clusters and at their ends too. Of another number that no resample changes, such
+    as the F1 of empty replies, the bounds are NaN: zero width would claim certainty.
+
     Args:
         clusters: one for each of the rows that the measures were taken of.
     """
@@ -362,8 +366,16 @@ def measure_intervals(
     intervals = {}
     for chosen, names in groups.items():
         owners = [clusters[i] for i in chosen]
-        together = {name: (found[name].statistics, found[name].statistic) for name in names}
-        for name, interval in bootstrap_together(together, owners, num_resamples, seed).items():
-            rate = METRICS[name].is_rate
-            intervals[name] = wilson_at_the_edge(interval, len(set(owners))) if rate else interval
-    return intervals
+        shares = {
+            name: Share(found[name].statistics, METRICS[name].low, METRICS[name].high)
+            for name in names
+            if METRICS[name].is_share
+        }
+        others = {name: (found[name].statistics, found[name].statistic) for name in names if name not in shares}
+        if shares:
+            intervals |= bounded_together(shares, owners, num_resamples, seed)
+        if others:
+            for name, interval in bootstrap_together(others, owners, num_resamples, seed).items():
+                certain = math.isclose(interval.low, interval.high, rel_tol=1e-9)
+                intervals[name] = interval._replace(low=math.nan, high=math.nan) if certain else interval
+    return {name: intervals[name] for name in found}

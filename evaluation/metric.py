@@ -27,5 +27,10 @@ class Metric:
 
     @property
     def is_rate(self) -> bool:
-        """A share of yes-or-no cases: Wilson's interval at 0 and 1, risk difference for its effect size."""
+        """A share of yes-or-no cases: risk difference for its effect size."""
         return self.unit in ("share of replies", "share of facts")
+
+    @property
+    def is_share(self) -> bool:
+        """A ratio of totals, or a mean, whose single values lie in the range: `intervals.bounded_together` applies."""
+        return self.unit.startswith("share of ")
