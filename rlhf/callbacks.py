@@ -248,8 +248,9 @@ class RanksAgree(TrainerCallback):
 
 
 def _rewind(path: Path, step: int) -> None:
-    """Drop the rows beyond `step`, all of them at the start of a training."""
-    rows = read_jsonl(path) if path.is_file() and step else []
+    """Drop the rows beyond `step`, all of them at the start of a training; and half a line, which a kill may leave."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() and step else []
+    rows = [json.loads(line) for line in lines]
     write_jsonl(path, (row for row in rows if row["step"] <= step))
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import rlhf.callbacks
-from rlhf.callbacks import MetricsFile, Progress, RanksAgree, Samples, plot_curves, sample_table
+from rlhf.callbacks import MetricsFile, Progress, RanksAgree, Samples, _rewind, plot_curves, sample_table
 from rlhf.config import load_yaml
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.model import load_base
@@ -336,3 +336,10 @@ def test_ranks_that_drifted_apart(monkeypatch, caplog):
     monkeypatch.setattr(rlhf.callbacks, "gather_object", lambda mine: [*mine, "another"])
     with pytest.raises(RuntimeError, match="drifted apart.*another"):
         RanksAgree().on_save(**told)
+
+
+def test_half_a_line_that_a_kill_left_is_dropped(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b'{"step": 2, "a": "\xc3\xa9"}\n{"step": 4}\n{"step": 6}\n{"step": 4, "respo')
+    _rewind(path, 4)
+    assert read_jsonl(path) == [{"step": 2, "a": "é"}, {"step": 4}]
