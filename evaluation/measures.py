@@ -363,7 +363,7 @@ def measure_intervals(
     groups: dict[tuple[int, ...], list[str]] = {}
     for name, measure in found.items():
         groups.setdefault(tuple(measure.rows), []).append(name)
-    intervals = {}
+    intervals: dict[str, Interval] = {}
     for chosen, names in groups.items():
         owners = [clusters[i] for i in chosen]
         shares = {
