@@ -137,6 +137,12 @@ def bootstrap_statistic(
     return bootstrap_together({"statistics": (statistics, statistic)}, clusters, num_resamples, seed)["statistics"]
 
 
+def _pairs(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> np.ndarray:
+    if len(numerators) != len(denominators):
+        raise ValueError(f"`numerators` has {len(numerators)} entries, `denominators` {len(denominators)}.")
+    return np.stack([np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)], axis=1)
+
+
 def cluster_bootstrap(
     numerators: Sequence[float] | np.ndarray,
     denominators: Sequence[float] | np.ndarray,
@@ -145,9 +151,7 @@ def cluster_bootstrap(
     seed: int = 0,
 ) -> Interval:
     """[`bootstrap_together`] of ``sum(numerators) / sum(denominators)``; a mean has denominators of 1."""
-    if len(numerators) != len(denominators):
-        raise ValueError(f"`numerators` has {len(numerators)} entries, `denominators` {len(denominators)}.")
-    pairs = np.stack([np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)], axis=1)
+    pairs = _pairs(numerators, denominators)
     return bootstrap_statistic(pairs, clusters, ratio, num_resamples, seed)
 
 
@@ -255,9 +259,7 @@ def share_interval(
     seed: int = 0,
 ) -> Interval:
     """[`bounded_together`] of one share, each numerator between 0 and its denominator."""
-    if len(numerators) != len(denominators):
-        raise ValueError(f"`numerators` has {len(numerators)} entries, `denominators` {len(denominators)}.")
-    pairs = np.stack([np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)], axis=1)
+    pairs = _pairs(numerators, denominators)
     return bounded_together({"share": Share(pairs)}, clusters, num_resamples, seed)["share"]
 
 
