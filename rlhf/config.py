@@ -194,7 +194,7 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass
 class DataConfig:
-    """The rows a training stage reads, and how often it shows what it makes of them.
+    """The rows a training stage reads, how often it shows what it makes of them, and when it gives up.
 
     Attributes:
         dataset: folder with the JSON-lines files that the prepare stage writes.
@@ -203,6 +203,7 @@ class DataConfig:
         sample_steps: optimiser steps between two samplings of the model's own output.
         num_samples: held-out rows that are sampled.
         max_truncated_share: share of a file's rows that may lose turns to `max_length` before the stage stops.
+        max_skipped_steps: optimiser steps in a row that may be skipped as not finite; one more stops the stage.
     """
 
     dataset: str = dataclasses.field(metadata={"path": True})
@@ -211,6 +212,7 @@ class DataConfig:
     sample_steps: int = dataclasses.field(default=100, metadata={"range": "[1, inf)"})
     num_samples: int = dataclasses.field(default=4, metadata={"range": "[1, inf)"})
     max_truncated_share: float = dataclasses.field(default=0.05, metadata={"range": "[0, 1]"})
+    max_skipped_steps: int = dataclasses.field(default=3, metadata={"range": "[0, inf)"})
 
 
 @dataclasses.dataclass
@@ -600,7 +602,8 @@ def parse(
     problems += _absent(values, fields, given)
     problems += _fill_machine(values, fields, given)
     problems += _fill_plan(values, fields, given, before_prepare)
-    _fill(values, fields, given, {"use_peft": True})  # what is done; TRL's default for scripts that may do without
+    # What is done: TRL's default is for scripts that may do without; the filter of the log is `rlhf.nonfinite`'s matter.
+    _fill(values, fields, given, {"use_peft": True, "logging_nan_inf_filter": False})
     if unreadable:  # what its keys would have changed is not known
         raise ConfigError(problems, known if misnamed else ())
 

@@ -20,6 +20,7 @@ from rlhf.files import folder_hash
 from rlhf.generate import generate
 from rlhf.lora import save_adapter, trainable_parameters, with_adapter
 from rlhf.model import load_base, load_tokenizer, trainable_to_fp32
+from rlhf.nonfinite import NonFiniteGuard
 from rlhf.persona import with_persona
 from rlhf.record import check_world_size, launch, stage
 
@@ -62,7 +63,7 @@ class PersonaDPOTrainer(DPOTrainer):
             self._eval_sums += torch.tensor([nll, tokens], dtype=torch.float64)
         if self.state.global_step == 0 and self.model.training:
             margin = self._metrics["train"]["rewards/margins"][-1]
-            if not abs(margin) < 1e-2:
+            if abs(margin) >= 1e-2:  # a NaN is the guard's matter
                 raise RuntimeError(
                     f"Before the first step policy and reference are the same adapter, so the margin must be 0, but "
                     f"it is {margin:.3g}. Probable causes: dropout is on, or the reference is not the SFT adapter."
@@ -117,6 +118,7 @@ def main(
                 for row, reply in zip(eval_rows, replies, strict=False)
             ]  # fmt: skip
 
+        NonFiniteGuard(trainer, data_args.max_skipped_steps, zero_is_healthy=True)
         watch(trainer, samples, data_args.sample_steps)
 
         # Train

@@ -40,7 +40,10 @@ MODULES = {
 
 ANEW = "runs anew"  # begins the reason where what was there has to make room
 # Settings that cannot change what a stage makes.
-BOOKKEEPING = ("output_dir", "resume_from_checkpoint", "log_level", "report_to", "run_name", "disable_tqdm")
+BOOKKEEPING = (
+    "output_dir", "resume_from_checkpoint", "log_level", "report_to", "run_name", "disable_tqdm",
+    "max_skipped_steps", "logging_nan_inf_filter",
+)  # fmt: skip
 
 
 @dataclass

@@ -104,6 +104,7 @@ def main(
             reward_adapter=adapters,
             reward_functions=functions,
             reward_weights=weights,
+            max_skipped_steps=data_args.max_skipped_steps,
             train_dataset=prompt_columns(train_rows, tokenizer, training_args.max_length, share),
             eval_dataset=prompt_columns(eval_rows, tokenizer, training_args.max_length, share),
             processing_class=tokenizer,

@@ -39,6 +39,7 @@ from rlhf.config import ConfigError
 from rlhf.generate import generation_config, inference, is_stop, left_pad, response_mask, sample_replies
 from rlhf.lora import checkpoint_activations, set_trainable, use_adapter
 from rlhf.model import trainable_to_fp32
+from rlhf.nonfinite import NonFiniteGuard
 from rlhf.persona import with_persona
 from rlhf.ppo_math import (
     adapted_kl_coef,
@@ -73,10 +74,6 @@ VALUE_ADAPTER_FILE = "value_adapter.safetensors"
 
 class RatioError(RuntimeError):
     """The update's forward does not reproduce the log-probabilities of the rollout: PPO would learn from noise."""
-
-
-class NonFiniteError(RuntimeError):
-    """Too many minibatches in a row whose loss or gradient is not finite."""
 
 
 @dataclass
@@ -129,13 +126,6 @@ class PPOConfig(TrainingArguments):
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to variance 1 in each rollout."})
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Taken off the score of a reply that was cut off before its stop token."}
-    )
-    max_skipped_minibatches: int = field(
-        default=3,
-        metadata={
-            "help": "Minibatches in a row that may be skipped as not finite; one more stops.",
-            "range": "[0, inf)",
-        },
     )
 
     def __post_init__(self) -> None:
@@ -208,6 +198,7 @@ class PPOTrainer(Trainer):
         reward_functions: Callables `(prompts, completions, **columns) -> list[float]`.
         reward_weights: Weight of a reward by its name: the adapter's, or the function's `__name__`. 1 where it is
             not named; with 0 a reward is only logged. The score of a reply is the weighted sum.
+        max_skipped_steps: Of the [`rlhf.nonfinite.NonFiniteGuard`] that it trains under.
         train_dataset: Columns `prompt_ids` and `row` (see [`rlhf.data.columns.prompt_columns`]).
         eval_dataset: The same, held out; where `reference_ids` stand beside, their perplexity is measured too.
         processing_class: The tokenizer.
@@ -231,6 +222,7 @@ class PPOTrainer(Trainer):
         eval_dataset: Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
         reward_weights: Mapping[str, float] | None = None,
+        max_skipped_steps: int = 3,
     ) -> None:
         adapters = [reward_adapter] if isinstance(reward_adapter, str) else list(reward_adapter or ())
         names = [*adapters, *map(reward_name, reward_functions)]
@@ -261,7 +253,8 @@ class PPOTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[*(callbacks or ()), PPOState(args.kl_coef)],
         )
-        self.add_callback(RoleGuard(model, ["reference", *adapters], self.skip_unless_finite))
+        self.add_callback(RoleGuard(model, ["reference", *adapters]))
+        self.guard = NonFiniteGuard(self, max_skipped_steps, zero_is_healthy=True)
         trainable_to_fp32(model)
         stop_ids = _ids_of(args.stop_tokens, processing_class)
         self.stop_ids = [processing_class.eos_token_id, *stop_ids]
@@ -271,12 +264,11 @@ class PPOTrainer(Trainer):
         self._rollout_rows: list[dict[str, Any]] = []  # what it replies to, for those who read the replies
         self._step = -1  # the optimiser step that `_micro_step` counts in
         self._micro_step = 0
-        self._not_finite = False  # whether any micro-batch of this step, on any rank, had such a loss
         self._put_off: set[str] = set()  # what was asked of `control` within the rollout
 
     @property
     def ppo_state(self) -> PPOState:
-        """The KL coefficient, the scales of the rewards, and how many minibatches were skipped."""
+        """The KL coefficient and the scales of the rewards."""
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, PPOState))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -417,7 +409,7 @@ class PPOTrainer(Trainer):
 
     def _begin_step(self, inputs: list[dict[str, Any]]) -> None:
         args = self.args
-        self._step, self._micro_step, self._not_finite = self.state.global_step, 0, False
+        self._step, self._micro_step = self.state.global_step, 0
         number, position = divmod(self.state.global_step, args.steps_per_rollout)
         if position == 0 or self._rollout is None:
             self._rollout, self._rollout_rows = self.rollout(inputs, self._metrics), inputs
@@ -450,9 +442,8 @@ class PPOTrainer(Trainer):
         loss = of_policy + args.vf_coef * of_critic
         statistics = self._statistics(output, batch, of_policy, of_critic)
         sums = self._all_sum(torch.stack([(~loss.isfinite()).float(), *statistics.values()])).tolist()
-        if sums[0] > 0:  # on any rank; before backward, so that all of them do the same
-            self._not_finite = True
-            return self._no_loss()
+        if sums[0] > 0:  # on any rank: the guard skips this step, and its statistics would be no numbers
+            return loss
         if self.state.global_step == self._initial_global_step:
             self._check_ratio(output.logprobs, batch)
         # Sums of parts of a mean over the minibatch: the log averages over micro-batches.
@@ -502,50 +493,6 @@ class PPOTrainer(Trainer):
             "positions and padding differ between the two forwards, the weights changed between them, or the kernels "
             "are too coarse (try `attn_implementation: eager`, or float32)"
         )
-
-    def _no_loss(self) -> Tensor:
-        """A loss of zero that reaches every trainable weight, as DDP waits for them, with gradients of zero."""
-        if self.is_deepspeed_enabled:
-            # It steps within its backward pass, by its averages too. The scheduler sets the rate of the next step.
-            for group in self.optimizer.param_groups:
-                group["lr"] = 0.0
-        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.stack([(weight * 0).nan_to_num().sum() for weight in weights]).sum()
-
-    def skip_unless_finite(self) -> None:
-        """Before an optimiser step: drop the gradients where a loss or a gradient of the minibatch is not finite.
-
-        Without a gradient AdamW leaves a weight and its own averages alone; a gradient of zero would still move it.
-
-        Raises:
-            NonFiniteError: if this was one more in a row than `max_skipped_minibatches`. The minibatch is saved.
-        """
-        state, limit = self.ppo_state, self.args.max_skipped_minibatches
-        if not self._not_finite and self.accelerator.scaler is None:  # the fp16 scaler looks for itself
-            grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            self._not_finite = bool(grads) and not torch.stack([grad.isfinite().all() for grad in grads]).all().item()
-        if not self._not_finite:
-            state.skipped_in_a_row = 0
-            return
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        logger.warning(
-            "The loss or the gradient of the minibatch of step %d is not finite; it is skipped on all ranks (%d in a "
-            "row, %d in all).",
-            self.state.global_step, state.skipped_in_a_row, state.skipped,
-        )  # fmt: skip
-        if state.skipped_in_a_row > limit:
-            path = Path(self.args.output_dir) / f"nonfinite_minibatch_{self.args.process_index}.safetensors"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in vars(self._minibatch).items()}, path)
-            raise NonFiniteError(
-                f"{state.skipped_in_a_row} minibatches in a row had a loss or a gradient that is not finite "
-                f"(`max_skipped_minibatches` {limit}). The last one is in {path}, one file a rank. Look there for values "
-                "that are not finite: in `logprobs` the policy itself is broken (lower `learning_rate`; in float16, load "
-                "the base in another `dtype`), in `advantages` or `returns` the rewards are."
-            )
 
     # Forward passes
 
@@ -686,7 +633,6 @@ class PPOTrainer(Trainer):
         """Add the means of PPO's own statistics since the last log."""
         if not any(key.startswith("eval_") for key in logs):
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self._metrics.items() if values}}
-            logs["val/skipped_minibatches"] = self.ppo_state.skipped
             logs["episode"] = self._episode(self.state.global_step)
             self._metrics.clear()
         super().log(logs, start_time)

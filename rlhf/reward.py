@@ -20,6 +20,7 @@ from rlhf.files import folder_hash, write_json
 from rlhf.generate import inference
 from rlhf.lora import lora_config, save_adapter, trainable_parameters, with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer, trainable_to_fp32
+from rlhf.nonfinite import NonFiniteGuard
 from rlhf.record import check_world_size, launch, stage
 from rlhf.rewards import check_reward_card, pool_by_mask, score_ids
 
@@ -130,6 +131,7 @@ def main(data_args: DataConfig, pair_args: PairConfig, training_args: RewardConf
                 for row, score in zip(eval_rows, column, strict=False)
             ]  # fmt: skip
 
+        NonFiniteGuard(trainer, data_args.max_skipped_steps)
         watch(trainer, samples, data_args.sample_steps)
 
         # Train

@@ -8,7 +8,7 @@ import functools
 import logging
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -100,56 +100,42 @@ class PPOState(TrainerCallback, ExportableState):
     Attributes:
         kl_coef: The adaptive coefficient; unused where it is fixed.
         scales: Of each reward, by name.
-        skipped: Minibatches skipped so far, their loss or gradient not being finite.
-        skipped_in_a_row: Those since the last one that was not.
     """
 
     def __init__(self, kl_coef: float) -> None:
         self.kl_coef = kl_coef
         self.scales: dict[str, RunningScale] = defaultdict(RunningScale)
-        self.skipped = 0
-        self.skipped_in_a_row = 0
 
     def state(self) -> dict[str, Any]:
         scales = {name: asdict(scale) for name, scale in self.scales.items()}
-        counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        return {"args": {"kl_coef": self.kl_coef}, "attributes": {"saved_scales": scales, **counts}}
+        return {"args": {"kl_coef": self.kl_coef}, "attributes": {"saved_scales": scales}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         saved = state.stateful_callbacks[type(self).__name__]
         self.kl_coef = saved["args"]["kl_coef"]
-        self.skipped = saved["attributes"]["skipped"]
-        self.skipped_in_a_row = saved["attributes"]["skipped_in_a_row"]
         for name, scale in saved["attributes"]["saved_scales"].items():
             self.scales[name] = RunningScale(**scale)
 
 
 class RoleGuard(TrainerCallback):
-    """Nothing but a finite step reaches policy and critic, and nothing at all the frozen roles.
+    """Nothing reaches the frozen roles.
 
     Args:
         model: Before it is wrapped.
         frozen: Names of the frozen adapters.
-        before_step: Called before each optimiser step, with the gradients in place.
     """
 
-    def __init__(self, model: PeftModel, frozen: Sequence[str], before_step: Callable[[], None]) -> None:
+    def __init__(self, model: PeftModel, frozen: Sequence[str]) -> None:
         self.model = model
         self.frozen = frozen
-        self.before_step = before_step
         self.hashes: dict[str, str] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.hashes = self._hashes()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.before_step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._compare(state.global_step)

@@ -20,6 +20,7 @@ from rlhf.files import folder_hash
 from rlhf.generate import generate
 from rlhf.lora import lora_config, save_adapter, trainable_parameters
 from rlhf.model import load_base, load_tokenizer, trainable_to_fp32
+from rlhf.nonfinite import NonFiniteGuard
 from rlhf.persona import with_persona
 from rlhf.record import check_world_size, launch, stage
 
@@ -90,6 +91,7 @@ def main(data_args: DataConfig, plan_args: PlanConfig, training_args: SFTConfig,
                 for row, reply in zip(eval_rows, replies, strict=False)
             ]  # fmt: skip
 
+        NonFiniteGuard(trainer, data_args.max_skipped_steps)
         watch(trainer, samples, data_args.sample_steps)
 
         # Train

@@ -23,7 +23,8 @@ from rlhf.lora import with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer
 from rlhf.pipeline import config_classes
 from rlhf.ppo import add_rewards, start_of_critic
-from rlhf.ppo_trainer import VALUE_HEAD_FILE, NonFiniteError, PPOConfig, PPOTrainer, RatioError
+from rlhf.nonfinite import NonFiniteError
+from rlhf.ppo_trainer import VALUE_HEAD_FILE, PPOConfig, PPOTrainer, RatioError
 from rlhf.rewards import persona_rule, score_ids
 from rlhf.roles import RoleError, dropouts
 from rlhf.rollouts import RolloutSampler, as_batch
@@ -54,6 +55,7 @@ def make_trainer(request, tiny_llama, sft_run, dataset, tmp_path):
         adapters=(),
         reward_weights=None,
         tamper=None,
+        max_skipped_steps=3,
         **args,
     ):
         tokenizer = load_tokenizer(str(tiny_llama))
@@ -79,6 +81,7 @@ def make_trainer(request, tiny_llama, sft_run, dataset, tmp_path):
             reward_weights=reward_weights,
             train_dataset=prompt_columns(load_rows(dataset / "prompts_train.jsonl"), tokenizer, 256),
             processing_class=tokenizer,
+            max_skipped_steps=max_skipped_steps,
         )
 
     return make
@@ -660,19 +663,18 @@ def test_a_minibatch_that_is_not_finite_changes_nothing_and_is_counted(break_, m
     weights.append([p.detach() for p in trainer.model.parameters() if p.requires_grad])
     same = [all(map(torch.equal, *pair)) for pair in itertools.pairwise(weights)]
     assert same == [False, True, False, False]
-    rows = [row for row in trainer.state.log_history if "val/skipped_minibatches" in row]
-    assert [row["val/skipped_minibatches"] for row in rows][:4] == [0, 1, 1, 1]
+    assert [row["skipped_steps"] for row in trainer.state.log_history if "loss" in row] == [0, 1, 1, 1]
     states = trainer.optimizer.state.values()
     assert {state["step"].item() for state in states} == {3.0}  # the averages of AdamW did not move either
 
 
 def test_too_many_in_a_row_stop_the_run_and_the_minibatch_is_saved(make_trainer, tmp_path):
-    trainer = make_trainer(max_skipped_minibatches=1)
+    trainer = make_trainer(max_skipped_steps=1)
     weights = broken_at(trainer, {0, 2, 3}, no_number_in_the_returns)  # not in a row: 0; one too many: 3
-    with pytest.raises(NonFiniteError, match="2 minibatches in a row.*nonfinite_minibatch_0"):
+    with pytest.raises(NonFiniteError, match="2 steps in a row had a loss.*`returns` of the batch.*nonfinite_batch_0"):
         trainer.train()
-    assert len(weights) == 4 and trainer.ppo_state.skipped == 3
-    saved = load_file(tmp_path / "trainer" / "nonfinite_minibatch_0.safetensors")
+    assert len(weights) == 4 and trainer.guard.skipped == 3
+    saved = load_file(tmp_path / "trainer" / "nonfinite_batch_0.safetensors")
     assert saved["returns"][-1].isnan().all() and saved["input_ids"].shape[0] == 4
 
 
