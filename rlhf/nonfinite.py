@@ -109,7 +109,8 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__, {})  # an older checkpoint has none
-        vars(self).update(saved.get("attributes", {}))
+        for name, value in saved.get("attributes", {}).items():
+            setattr(self, name, value)
         if broken := self._broken_weights():
             raise NonFiniteError(
                 f"Before the first step {len(broken)} weights are not finite, for example `{broken[0]}`. "
@@ -132,8 +133,8 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
             NonFiniteError: if this is one more in a row than may be skipped.
             CollapseError: if as many had neither loss nor gradient.
         """
-        losses, largest = torch.stack([batch.loss for batch in self._step]), self._largest_gradient()
-        mine = torch.stack([~losses.isfinite().all(), ~largest.isfinite(), losses.any(), largest != 0]).float()
+        losses, norm = torch.stack([batch.loss for batch in self._step]), self._gradient_norm()
+        mine = torch.stack([~losses.isfinite().all(), ~norm.isfinite(), losses.any(), norm != 0]).float()
         bad_loss, bad_gradient, some_loss, some_gradient = (
             count > 0 for count in self.trainer.accelerator.reduce(mine, reduction="sum").tolist()
         )
@@ -213,17 +214,17 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
             for name, parameter in self.trainer.model.named_parameters()
             if parameter.is_floating_point() and (parameter.requires_grad or not trained)
         }
-        if _largest(weights.values()).isfinite():
+        if _norm(weights.values()).isfinite():
             return []
         return [name for name, weight in weights.items() if not weight.isfinite().all()]
 
-    def _largest_gradient(self) -> Tensor:
-        """The largest absolute value in any gradient: NaN or infinite where one of them is, 0 where all are."""
+    def _gradient_norm(self) -> Tensor:
+        """NaN or infinite where a gradient is, 0 where all are."""
         if self._zero is not None:  # the gradients are gone
             norm = math.inf if self._zero.overflow else self._zero._global_grad_norm
             return torch.tensor(1.0 if norm is None else float(norm), device=self.trainer.accelerator.device)
         gradients = [parameter.grad for parameter in self.trainer.model.parameters() if parameter.grad is not None]
-        return _largest(gradients).to(self.trainer.accelerator.device)
+        return _norm(gradients).to(self.trainer.accelerator.device)
 
     def _loss_scale(self) -> float | None:
         """The fp16 scaler's, which is 65536 at first; None without one."""
@@ -421,9 +422,9 @@ class _FirstNotFinite:
             self.gradient, self.rows = name, _rows_not_finite(gradient)
 
 
-def _largest(tensors: Iterable[Tensor]) -> Tensor:
-    """The largest absolute value, NaN where there is one; without the squares of a norm, which overflow."""
-    return torch.nn.utils.get_total_norm([*tensors], norm_type=math.inf)
+def _norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The norm of all of them together, in one pass on a GPU: not finite where one is not, or where squares overflow."""
+    return torch.nn.utils.get_total_norm([*tensors])
 
 
 def _is_finite(tensor: Tensor) -> bool:
