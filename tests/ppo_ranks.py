@@ -17,7 +17,8 @@ from rlhf.callbacks import RanksAgree
 from rlhf.data.columns import load_rows, prompt_columns
 from rlhf.lora import with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer
-from rlhf.ppo_trainer import NonFiniteError, PPOConfig, PPOTrainer
+from rlhf.nonfinite import NonFiniteError
+from rlhf.ppo_trainer import PPOConfig, PPOTrainer
 from rlhf.roles import critic_parameters
 from rlhf.rollouts import Rollout
 
@@ -45,7 +46,7 @@ class Weights:
         return {"weights": [torch.sigmoid(20 * weight.sum()).item() for weight in weights[-3:]]}
 
 
-def make(folders, output_dir, value_model="head", **args):
+def make(folders, output_dir, value_model="head", max_skipped_steps=3, **args):
     """A trainer whose policy has left the reference."""
     tokenizer = load_tokenizer(folders["base"])
     base = load_base(ModelConfig(model_name_or_path=folders["base"]), tokenizer)
@@ -65,6 +66,7 @@ def make(folders, output_dir, value_model="head", **args):
         reward_functions=[letters],
         train_dataset=prompt_columns(load_rows(Path(folders["data"]) / "prompts_train.jsonl"), tokenizer, 256),
         processing_class=tokenizer,
+        max_skipped_steps=max_skipped_steps,
     )
     stop = tokenizer.eos_token_id  # frequent, so that lengths differ
     trainer.generation_config.suppress_tokens = [id for id in range(len(tokenizer)) if id % 40 and id != stop]
@@ -110,7 +112,7 @@ def main(settings):
     report = {} if settings["deepspeed"] else learn(out, folders, path)
 
     # One micro-batch of rank 1 is broken: the first of two in step 1, the second of two in steps 2 and 3.
-    trainer = make(folders, out / "broken", max_skipped_minibatches=2, optim="adamw_torch", weight_decay=0.1)
+    trainer = make(folders, out / "broken", max_skipped_steps=2, optim="adamw_torch", weight_decay=0.1)
     rank = trainer.args.process_index
     assert trainer.args.world_size == dist.get_world_size() == 2
     assert trainer.is_deepspeed_enabled == settings["deepspeed"]
@@ -134,7 +136,7 @@ def main(settings):
     report["same"] = [
         all(torch.equal(before[name], after[name]) for name in before) for before, after in itertools.pairwise(weights)
     ]
-    report["skipped"] = [row["val/skipped_minibatches"] for row in trainer.state.log_history if "loss" in row]
+    report["skipped"] = [row["skipped_steps"] for row in trainer.state.log_history if "loss" in row]
     save_file(weights[-1], out / f"broken_{rank}.safetensors")
     (out / f"report_{rank}.json").write_text(json.dumps(report))
     dist.barrier()

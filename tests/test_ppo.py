@@ -21,9 +21,9 @@ from rlhf.data.columns import load_rows, prompt_columns
 from rlhf.generate import left_pad
 from rlhf.lora import with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer
+from rlhf.nonfinite import NonFiniteError
 from rlhf.pipeline import config_classes
 from rlhf.ppo import add_rewards, start_of_critic
-from rlhf.nonfinite import NonFiniteError
 from rlhf.ppo_trainer import VALUE_HEAD_FILE, PPOConfig, PPOTrainer, RatioError
 from rlhf.rewards import persona_rule, score_ids
 from rlhf.roles import RoleError, dropouts

@@ -98,7 +98,7 @@ def rows(folder):
     logged = [
         {k: v for k, v in row.items() if not k.startswith("train_")} for row in read_jsonl(folder / "metrics.jsonl")
     ]
-    return [row for row in logged if row.keys() - {"step", "epoch", "episode", "val/skipped_minibatches"}]
+    return [row for row in logged if row.keys() - {"step", "epoch", "episode", "skipped_steps"}]
 
 
 def check_same(folder, source, critic, last=20):
