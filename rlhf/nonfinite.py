@@ -99,6 +99,17 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
         vars(trainer).update(compute_loss=self._watched_loss, _save_checkpoint=self._checked_save)
         trainer.callback_handler.callbacks.insert(0, self)  # before trackers, which take the log as they find it
 
+    def why_not_finite(self, model: nn.Module, inputs: dict[str, Tensor]) -> str:
+        """Where the first number that is not finite stands in a forward pass, on this rank, and why: for a message."""
+        with _FirstNotFinite(model) as first:
+            model(**inputs)
+        rank, rows = self.trainer.args.process_index, self._rows_of(inputs, first.rows)
+        if broken := self._broken_weights():
+            found = Finding("weight", broken[0], rows, rank)
+        else:
+            found = Finding("output" if first.output else "nothing", first.output or "", rows, rank)
+        return f"{self._told(found, self._save(inputs))} {self._last_checkpoint()}"
+
     # Events
 
     def state(self) -> dict[str, Any]:
@@ -285,6 +296,10 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
         index, mine = self._second_pass()
         path = self._save(self._step[index].inputs)
         found = next((f for f in gather_object([mine]) if f.kind != "nothing"), mine)
+        saved = f"{path.stem.rpartition('_')[0]}_{found.rank}{path.suffix}"
+        return self._told(found, path.with_name(saved))
+
+    def _told(self, found: Finding, path: Path) -> str:
         where = {
             "weight": "The weight `{}` is not finite",
             "input": "`{}` of the batch is not finite",
@@ -293,10 +308,7 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
             "loss": "The outputs of all layers are finite, the loss made of them is not",
             "nothing": "A second pass over the batch was finite",
         }[found.kind].format(found.where)
-        saved = f"{path.stem.rpartition('_')[0]}_{found.rank}{path.suffix}"
-        return (
-            f"{where} (rank {found.rank}). The batch {_named(found.rows, path.with_name(saved))}. {self._cause(found)}"
-        )
+        return f"{where} (rank {found.rank}). The batch {_named(found.rows, path)}. {self._cause(found)}"
 
     def _second_pass(self) -> tuple[int, Finding]:
         """The first micro-batch of this step in which something is found; all are looked at, as their losses gather."""

@@ -39,7 +39,7 @@ from rlhf.config import ConfigError
 from rlhf.generate import generation_config, inference, is_stop, left_pad, response_mask, sample_replies
 from rlhf.lora import checkpoint_activations, set_trainable, use_adapter
 from rlhf.model import trainable_to_fp32
-from rlhf.nonfinite import NonFiniteGuard
+from rlhf.nonfinite import NonFiniteError, NonFiniteGuard
 from rlhf.persona import with_persona
 from rlhf.ppo_math import (
     adapted_kl_coef,
@@ -412,10 +412,22 @@ class PPOTrainer(Trainer):
         self._step, self._micro_step = self.state.global_step, 0
         number, position = divmod(self.state.global_step, args.steps_per_rollout)
         if position == 0 or self._rollout is None:
-            self._rollout, self._rollout_rows = self.rollout(inputs, self._metrics), inputs
+            self._rollout, self._rollout_rows = self._rollout_or_why_not(inputs), inputs
         self._minibatch = self._rollout.take(self.minibatch(number, *divmod(position, args.num_mini_batches)))
         self._minibatch = self._minibatch.by_length()  # so that its micro-batches need little padding
         self._num_tokens = self._all_sum(self._minibatch.mask.sum())
+
+    def _rollout_or_why_not(self, rows: list[dict[str, Any]]) -> Rollout:
+        try:
+            return self.rollout(rows, self._metrics)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):  # torch.multinomial's words, on a CPU
+                raise
+            prompts, model = [row["prompt_ids"] for row in rows], self.accelerator.unwrap_model(self.model)
+            ids, mask = left_pad(prompts, self.processing_class.pad_token_id, self.accelerator.device)
+            with inference(model), self.accelerator.autocast():
+                why = self.guard.why_not_finite(model, {"input_ids": ids, "attention_mask": mask})
+            raise NonFiniteError(f"The policy's probabilities are not finite, so it cannot reply. {why}") from error
 
     def minibatch(self, number: int, epoch: int, minibatch: int) -> Tensor:
         """The episodes of a minibatch, on this process: a part of the permutation of (seed, rollout, epoch)."""

@@ -27,6 +27,7 @@ from tests.nonfinite_ranks import (
 )
 
 ROOT = Path(__file__).parents[1]
+slow = pytest.mark.slow
 BREAKS = (no_number_in_a_weight, no_number_in_an_output, no_number_in_a_gradient, no_number_in_the_loss)
 
 
@@ -128,7 +129,7 @@ def test_the_row_of_a_batch_is_named(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("reward", marks=slow), pytest.param("dpo", marks=slow)])
 def test_the_scripts_stop_and_keep_the_last_adapter(stage, request, train, tiny_llama, dataset, tmp_path):
     parents = {"sft_adapter": request.getfixturevalue("sft_run").folder} if stage == "dpo" else {}
     trainers = []
@@ -286,6 +287,7 @@ def test_a_loss_that_is_nearly_zero_is_warned_of_and_trained_on(tmp_path, caplog
     assert sum("below 1e-06 for 3 logs" in r.getMessage() for r in caplog.records) == 1
 
 
+@slow
 def test_sft_on_labels_of_nothing_stops(train, tiny_llama, dataset, tmp_path):
     """TRL divides by one token then, and the loss is a clean 0."""
 
@@ -332,12 +334,12 @@ def check_ranks(reports):
         assert "nonfinite_batch_1" in first["error"]
 
 
-@pytest.mark.slow
+@slow
 def test_what_one_rank_finds_all_skip(tmp_path):
     check_ranks(launch(tmp_path, ROOT / "accelerate_configs" / "two_t4.yaml"))
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_under_zero_2_too(tmp_path, extensions):
     """DeepSpeed steps within its backward pass; its own way of dropping an overflow is taken there."""

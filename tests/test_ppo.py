@@ -671,11 +671,30 @@ def test_a_minibatch_that_is_not_finite_changes_nothing_and_is_counted(break_, m
 def test_too_many_in_a_row_stop_the_run_and_the_minibatch_is_saved(make_trainer, tmp_path):
     trainer = make_trainer(max_skipped_steps=1)
     weights = broken_at(trainer, {0, 2, 3}, no_number_in_the_returns)  # not in a row: 0; one too many: 3
-    with pytest.raises(NonFiniteError, match="2 steps in a row had a loss.*`returns` of the batch.*nonfinite_batch_0"):
+    with pytest.raises(
+        NonFiniteError, match=r"2 steps in a row had a loss.*`returns` of the batch.*of rows \d+.*nonfinite_batch_0"
+    ):
         trainer.train()
     assert len(weights) == 4 and trainer.guard.skipped == 3
     saved = load_file(tmp_path / "trainer" / "nonfinite_batch_0.safetensors")
     assert saved["returns"][-1].isnan().all() and saved["input_ids"].shape[0] == 4
+
+
+def test_a_policy_that_cannot_reply_names_its_layer(make_trainer):
+    trainer = make_trainer(num_ppo_epochs=1)
+    layer = trainer.model.get_base_model().model.layers[1]
+
+    def break_the_second_rollout(trainer):
+        if trainer.state.global_step == 1:
+            layer.register_forward_hook(lambda module, args, out: out * torch.nan)
+
+    weights, begin = broken_at(trainer, (), None), trainer._begin_step
+    trainer._begin_step = lambda inputs: (break_the_second_rollout(trainer), begin(inputs))
+    with pytest.raises(
+        NonFiniteError, match=r"cannot reply.*in the output of `\S+layers\.1`.*of rows \d+.*learning_rate"
+    ):
+        trainer.train()
+    assert len(weights) == 2
 
 
 def test_rollouts_use_the_cache_and_no_checkpointing(make_trainer):
