@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import rlhf.sft
+from rlhf.config import load_yaml
 from rlhf.nonfinite import CollapseError, NonFiniteError, NonFiniteGuard
 from tests.nonfinite_ranks import (
     At,
@@ -80,6 +81,8 @@ def test_the_scripts_train_as_without_it(sft_run, train, tiny_llama, dataset, tm
     guarded, alone = (load_file(run.folder / "adapter_model.safetensors") for run in (sft_run, bare))
     assert guarded.keys() == alone.keys() and all(torch.equal(guarded[name], alone[name]) for name in alone)
     assert [row["skipped_steps"] for row in sft_run.rows("metrics.jsonl") if "loss" in row] == [0] * 6
+    settings, _ = load_yaml(sft_run.folder / "config.yaml")
+    assert settings["logging_nan_inf_filter"] is False and settings["max_skipped_steps"] == 3  # what is really done
 
 
 def test_counts_go_on_after_a_resume(tmp_path):

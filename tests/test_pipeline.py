@@ -232,7 +232,13 @@ def test_at_most_three_changes_are_named(go):
 
 def test_what_cannot_change_the_result_is_no_change(go):
     go(until="sft")
-    keys = {"log_level": "warning", "disable_tqdm": False, "run_name": "again", "report_to": "none"}
+    keys = {
+        "log_level": "warning",
+        "disable_tqdm": False,
+        "run_name": "again",
+        "report_to": "none",
+        "max_skipped_steps": 9,
+    }
     assert go(until="sft", **{f"sft.{key}": value for key, value in keys.items()})["sft"].startswith("done")
 
 
