@@ -1,14 +1,14 @@
 """Learning curves of PPO's two critics, `value_model: head` and `adapter`, at equal processor time: JSON and a figure.
 
     rlhf run recipes/demo --until reward
-    python benchmarks/critic_curves.py [--run runs/demo] [--seconds 120] [--seeds 1 2 3] [--output critic_curves.json]
+    python benchmarks/critic_curves.py [--run runs/demo] [--seconds 100] [--seeds 1 2 3] [--output critic_curves.json]
 
 Both start from the SFT and the reward adapter of a finished run and train by the demo's recipe, one after the other, each
 in a process of its own with one thread; which goes first changes from seed to seed. A training lasts `--seconds` of the
 processor, so that other work on the machine gives neither more steps; loading and measuring are not counted. The learning
 rate falls to zero over that time, as the recipe's does over its episodes, so that both end their schedule together.
 
-Ten times on the way the policy is measured: on held-out prompts by the learned reward (sampled, with the same random
+Six times on the way the policy is measured: on held-out prompts by the learned reward (sampled, with the same random
 numbers each time) and by the probes that no reward sees (greedy). `area` is a measure's mean over the time, `end` its last
 value. The rule for the default was written down before the first run: the critic with the higher mean area of
 `eval_objective/rlhf_reward`, if all seeds agree in the sign; else the head, which needs less memory.
@@ -32,7 +32,7 @@ from rlhf.files import git_commit, write_text
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo" / "ppo.yaml"
 SIDES = ("head", "adapter")
 MEASURES = ("eval_objective/rlhf_reward", "eval_objective/scores", "eval_objective/kl", "right", "kept")
-MEASUREMENTS = 10  # beside the one at the start
+MEASUREMENTS = 6  # beside the one at the start
 DECIDES = "eval_objective/rlhf_reward"
 
 
@@ -178,9 +178,9 @@ def plot(curves: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a finished run of the demo")
-    parser.add_argument("--seconds", type=float, default=120, help="of the processor, for each training")
+    parser.add_argument("--seconds", type=float, default=100, help="of the processor, for each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rows", type=int, default=200, help="held-out prompts")
+    parser.add_argument("--rows", type=int, default=128, help="held-out prompts")
     parser.add_argument("--output", type=Path, help="also write the JSON here, and the figure beside it")
     arguments = parser.parse_args()
     curves: dict[str, dict[int, list[dict[str, float]]]] = {side: {} for side in SIDES}
@@ -191,15 +191,14 @@ def main() -> None:
                 values = (side, arguments.run.resolve(), seed, arguments.seconds, arguments.rows)
                 curves[side][seed] = pool.apply(train, values)
             print(side, seed, f"{time.time() - began:.0f} s", curves[side][seed][-1], file=sys.stderr, flush=True)
-    result = {
-        "commit": git_commit(), "machine": platform.platform(), "cores": os.cpu_count(),
-        "budget_seconds": arguments.seconds, **summary(curves), "curves": curves,
-    }  # fmt: skip
-    text = json.dumps(result, indent=2) + "\n"
-    if arguments.output:
-        write_text(arguments.output, text)
-        plot(curves, arguments.output.with_suffix(".png"))
-    print(text, end="")
+        result = {  # what is done is kept, should a later training fail
+            "commit": git_commit(), "machine": platform.platform(), "cores": os.cpu_count(),
+            "budget_seconds": arguments.seconds, **summary(curves), "curves": curves,
+        }  # fmt: skip
+        if arguments.output:
+            write_text(arguments.output, json.dumps(result, indent=2) + "\n")
+            plot(curves, arguments.output.with_suffix(".png"))
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
