@@ -1,22 +1,22 @@
 """Learning curves of PPO's two critics, `value_model: head` and `adapter`, at equal processor time: JSON and a figure.
 
     rlhf run recipes/demo --until reward
-    python benchmarks/critic_curves.py [--run runs/demo] [--seconds 100] [--seeds 1 2 3] [--output critic_curves.json]
+    python benchmarks/critic_curves.py [--run runs/demo] [--seconds 50] [--seeds 1 2 3] [--output critic_curves.json]
 
-Both start from the SFT and the reward adapter of a finished run and train by the demo's recipe, one after the other, each
-in a process of its own with one thread; which goes first changes from seed to seed. A training lasts `--seconds` of the
-processor, so that other work on the machine gives neither more steps; loading and measuring are not counted. The learning
-rate falls to zero over that time, as the recipe's does over its episodes, so that both end their schedule together.
+Both start from the SFT and the reward adapter of a finished run and train by the demo's recipe on its shorter prompts, one
+after the other, in one process with one thread; which goes first changes from seed to seed. A training lasts `--seconds`
+of the processor, so that other work on the machine gives neither more steps; loading and measuring are not counted. The
+learning rate falls to zero over that time, as the recipe's does over its episodes, so that both end their schedule together.
 
-Six times on the way the policy is measured: on held-out prompts by the learned reward (sampled, with the same random
+Five times on the way the policy is measured: on held-out prompts by the learned reward (sampled, with the same random
 numbers each time) and by the probes that no reward sees (greedy). `area` is a measure's mean over the time, `end` its last
 value. The rule for the default was written down before the first run: the critic with the higher mean area of
 `eval_objective/rlhf_reward`, if all seeds agree in the sign; else the head, which needs less memory.
 """
 
 import argparse
+import contextlib
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -32,13 +32,13 @@ from rlhf.files import git_commit, write_text
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo" / "ppo.yaml"
 SIDES = ("head", "adapter")
 MEASURES = ("eval_objective/rlhf_reward", "eval_objective/scores", "eval_objective/kl", "right", "kept")
-MEASUREMENTS = 6  # beside the one at the start
+MEASUREMENTS = 5  # beside the one at the start
+LONGEST = {"train": 3, "heldout": 5}  # messages of a prompt: shorter ones than the recipe's, for time
 DECIDES = "eval_objective/rlhf_reward"
 
 
-def train(side: str, run: Path, seed: int, seconds: float, rows: int) -> list[dict[str, float]]:
+def train(side: str, run: Path, seed: int, seconds: float) -> list[dict[str, float]]:
     """One training; what was measured on the way, with the processor's seconds and the episodes until then."""
-    sys.stdout = sys.stderr  # trainers and libraries print, and standard output is for the JSON
     import torch
     from transformers import TrainerCallback
     from trl import ModelConfig
@@ -72,11 +72,14 @@ def train(side: str, run: Path, seed: int, seconds: float, rows: int) -> list[di
     if side == "adapter":
         model = with_adapter(model, start_of_critic(parents), VALUE_ADAPTER, trainable=True)
     dataset = Path(data_args.dataset)
-    prompts = load_rows(dataset / "prompts_train.jsonl", None), load_rows(dataset / "prompts_heldout.jsonl", rows)
-    train_rows, held_out = (prompt_columns(rows, tokenizer, args.max_length) for rows in prompts)
+    train_rows, held_out = (
+        [row for row in load_rows(dataset / f"prompts_{part}.jsonl") if len(row["prompt"]) <= longest]
+        for part, longest in LONGEST.items()
+    )
     trainer = PPOTrainer(
         model=model, args=args, reward_adapter=adapters, reward_functions=functions, reward_weights=weights,
-        train_dataset=train_rows, eval_dataset=held_out, processing_class=tokenizer,
+        train_dataset=prompt_columns(train_rows, tokenizer, args.max_length),
+        eval_dataset=prompt_columns(held_out, tokenizer, args.max_length), processing_class=tokenizer,
     )  # fmt: skip
     probe = HeldOutProbes(dataset, args.max_length, args.response_length)
     curve: list[dict[str, float]] = []
@@ -178,19 +181,17 @@ def plot(curves: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a finished run of the demo")
-    parser.add_argument("--seconds", type=float, default=100, help="of the processor, for each training")
+    parser.add_argument("--seconds", type=float, default=50, help="of the processor, for each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rows", type=int, default=128, help="held-out prompts")
     parser.add_argument("--output", type=Path, help="also write the JSON here, and the figure beside it")
     arguments = parser.parse_args()
     curves: dict[str, dict[int, list[dict[str, float]]]] = {side: {} for side in SIDES}
     for number, seed in enumerate(arguments.seeds):
         for side in SIDES if number % 2 == 0 else reversed(SIDES):
             began = time.time()
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                values = (side, arguments.run.resolve(), seed, arguments.seconds, arguments.rows)
-                curves[side][seed] = pool.apply(train, values)
-            print(side, seed, f"{time.time() - began:.0f} s", curves[side][seed][-1], file=sys.stderr, flush=True)
+            with contextlib.redirect_stdout(sys.stderr):  # libraries print, and standard output is for the JSON
+                curves[side][seed] = train(side, arguments.run.resolve(), seed, arguments.seconds)
+                print(side, seed, f"{time.time() - began:.0f} s", curves[side][seed][-1], flush=True)
         result = {  # what is done is kept, should a later training fail
             "commit": git_commit(), "machine": platform.platform(), "cores": os.cpu_count(),
             "budget_seconds": arguments.seconds, **summary(curves), "curves": curves,
