@@ -5,7 +5,8 @@
 One rollout with one update (two epochs) of a Llama-shaped policy with random weights, a head as critic and a reward that
 reads nothing. One size grows at a time, the others stay at the first line of the table below. Seconds are of the processor,
 the least of some repeats, so that another program on the machine changes them little. Each size runs in a process of its
-own, so that its peak memory is its own; `own_gib` is what it takes above the memory that the loaded model has taken.
+own, forked behind the imports, so that its peak memory is its own; `own_gib` is what it takes above the memory that the
+loaded model has taken.
 
 The exponent is the slope of log cost over log size between the largest two sizes, where fixed costs weigh least. Attention
 costs a square of the length, and nothing may grow faster: `limit` is 2 for lengths and 1 for batch and vocabulary, and
@@ -24,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlhf.files import write_text
+from rlhf.files import git_commit, write_text
 
 START = {"prompt": 32, "response": 16, "batch": 8, "vocabulary": 2_000}
 SIZES = {
@@ -134,13 +135,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the middle two sizes, one repeat, for a trial")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"machine": platform.platform(), "start": START, "scaling": {}}
+    result: dict[str, Any] = {
+        "commit": git_commit(), "machine": platform.platform(), "repeats": arguments.repeats, "start": START, "scaling": {},
+    }  # fmt: skip
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rlhf.ppo_trainer"])
     for name, sizes in SIZES.items():
         measured = {}
         for size in sizes[1:3] if arguments.quick else sizes:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
+            with context.Pool(1) as pool:
                 values = (*{**START, name: size}.values(), 1 if arguments.quick else arguments.repeats)
                 measured[size] = pool.apply(measure, values)
+            print(name, size, measured[size], file=sys.stderr, flush=True)
         found = exponents(measured)
         within = all(found[cost] <= LIMITS[name] + TOLERANCE for cost in ("seconds", "own_gib"))
         result["scaling"][name] = {"sizes": measured, "exponents": found, "limit": LIMITS[name], "within": within}

@@ -151,7 +151,8 @@ def examine(stage: str, configs: Sequence[Any], unmade: Sequence[str] = ()) -> E
             length,
         ]
     parents = [values[key] for key in ("sft_adapter", "reward_adapter") if values.get(key)]
-    items += [_parent(folder, examples, tokenizer, folder in unmade) for folder in parents]
+    parents += [source for source in values.get("rewards") or () if _is_stage(source)]
+    items += [_parent(folder, examples, tokenizer, folder in unmade) for folder in dict.fromkeys(parents)]
     return Examination(items, tokenizer, examples[0] if examples else None)
 
 
@@ -393,6 +394,13 @@ def _length(
 def _ids_to_fit(stage: str, example: Example) -> int:
     """The ids that `max_length` counts: of PPO's rows those of the prompt."""
     return example.trained.index(1) if stage == "ppo" and any(example.trained) else len(example.trained)
+
+
+def _is_stage(source: str) -> bool:
+    """Whether a reward is a folder of ours: neither `module:function`, nor a model with a template of its own."""
+    if ":" in source or (Path(source) / "config.json").is_file():
+        return False
+    return source.startswith(("runs/", "./", "../", "/")) or Path(source).is_dir()
 
 
 def _parent(

@@ -508,8 +508,14 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> Any:
 def _check_given(field: dataclasses.Field, hint: Any, given: _Given) -> Any:
     if given.folder is not None:
         checked, folder = _check(field, hint, given.value), given.folder
-        if isinstance(checked, dict):
-            return {k: _resolve(field, v, folder) if isinstance(v, str) else v for k, v in checked.items()}
+        if isinstance(checked, dict):  # keys too: a reward is named by where it lies
+            resolved = {
+                _resolve(field, k, folder): _resolve(field, v, folder) if isinstance(v, str) else v
+                for k, v in checked.items()
+            }
+            if len(resolved) < len(checked):
+                raise ValueError("names one path twice")
+            return resolved
         return _resolve(field, checked, folder) if isinstance(checked, str) else checked
     try:
         return _check(field, hint, yaml.load(given.value, Loader=_Loader))

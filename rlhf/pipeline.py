@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -147,7 +148,7 @@ def plan(recipe: Path, tiny: bool, until: str | None, root: Path, overrides: Map
         known = {field.name for cls in classes for field in fields(cls)}
         every |= known
         values = {key: value for file in files for key, value in load_recipe(file, stage).items()}
-        moved = _moved(values, f"runs/{recipe.resolve().name}", root)
+        moved = _moved(values, recipe.resolve(), root)
         if trained_base is not None and "model_name_or_path" in known:
             moved["model_name_or_path"] = str(trained_base)
         for name, value in overrides.items():
@@ -200,13 +201,18 @@ def _unknown(name: str, stages: list[str], known: set[str]) -> str:
     return f"`{name}` (--set): no stage of this recipe knows it{did_you_mean(key, known)}"
 
 
-def _moved(values: Mapping[str, Any], old: str, root: Path) -> dict[str, Any]:
-    """The values that name a folder of this run, with the run's actual folder."""
+def _moved(values: Mapping[str, Any], recipe: Path, root: Path) -> dict[str, Any]:
+    """The values that name a folder of this run, with the run's actual folder; of a mapping its keys too."""
+    old = f"runs/{recipe.name}"
 
-    def move(value: Any) -> Any:
+    def move(value: Any, inside: bool = False) -> Any:
         if isinstance(value, dict):
-            return {key: move(item) for key, item in value.items()}
-        return re.sub(rf"^{re.escape(old)}(?=/|$)", str(root), value) if isinstance(value, str) else value
+            return {move(key, True): move(item, True) for key, item in value.items()}
+        if not isinstance(value, str):
+            return value
+        if inside and value.startswith(("./", "../")):  # on a command line it would be of the current directory
+            return os.path.normpath(recipe / value)
+        return re.sub(rf"^{re.escape(old)}(?=/|$)", str(root), value)
 
     return {key: move(value) for key, value in values.items() if move(value) != value}
 

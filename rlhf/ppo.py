@@ -4,7 +4,7 @@ accelerate launch --config_file accelerate_configs/two_t4.yaml rlhf/ppo.py --con
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rlhf.lora import save_adapter, trainable_parameters, use_adapter, with_adap
 from rlhf.model import add_score_head, load_base, load_tokenizer
 from rlhf.persona import with_persona
 from rlhf.ppo_trainer import PPOConfig, PPOTrainer
-from rlhf.record import check_world_size, launch, stage
+from rlhf.record import check_world_size, launch, relative_to, stage
 from rlhf.reward_watch import ProbeConfig, RewardWatch, load_probe
 from rlhf.rewards import RewardFunction, RewardModel, check_reward_card, load_reward_function, reward_name
 from rlhf.roles import VALUE_ADAPTER
@@ -43,7 +43,7 @@ class ParentConfig:
         default_factory=dict,
         metadata={
             "help": "Weight of each reward by its source: `module:function`, the folder of a reward adapter on this "
-            "base (from the current directory), or folder or hub id of another reward model. `reward_adapter` and "
+            "base, or folder (from `./`, `../`, `/` or `runs/`) or hub id of another reward model. `reward_adapter` and "
             "`reward_function` weigh 1 where it does not name them."
         },
     )
@@ -60,6 +60,11 @@ class ParentConfig:
         named = [source for source in (self.reward_adapter, self.reward_function) if source]
         return {**dict.fromkeys(named, 1.0), **self.rewards}
 
+    def adapters(self) -> dict[str, str]:
+        """The folder of each reward adapter by its name on the model: "reward", "reward_2" and so on."""
+        folders = [source for source in self.sources() if source == self.reward_adapter or _is_adapter(source)]
+        return {f"reward_{place}" if place > 1 else "reward": folder for place, folder in enumerate(folders, 1)}
+
 
 def main(
     data_args: DataConfig,
@@ -70,16 +75,14 @@ def main(
 ) -> None:
     """Train one adapter; everything it makes lies in `output_dir`."""
     check_world_size(training_args)
-    learned = parents.reward_adapter or next(filter(_is_adapter, parents.sources()), None)
     configs = (data_args, parents, probe_args, training_args, model_args)
-    folders = {"prepare": data_args.dataset, "sft": parents.sft_adapter, "reward": learned}
     with stage(
         "ppo",
         training_args.output_dir,
         configs,
         seed=training_args.seed,
         log_level=training_args.log_level,
-        parents={name: folder for name, folder in folders.items() if folder},
+        parents={"prepare": data_args.dataset, "sft": parents.sft_adapter, **parents.adapters()},
         preflight=lambda: preflight("ppo", configs),
     ) as record:
         # Tokenizer and base
@@ -96,6 +99,12 @@ def main(
         model = with_adapter(model, parents.sft_adapter, "default", trainable=True)
         model = with_adapter(model, parents.sft_adapter, "reference")
         adapters, functions, weights = add_rewards(model, parents)
+        record["rewards"] = rewards_in_record(parents, weights, Path(training_args.output_dir))
+        record["parents"] |= {
+            f"reward model {name}": {"path": reward["source"], "hash": reward["hash"]}
+            for name, reward in record["rewards"].items()
+            if reward["hash"] and name not in adapters
+        }
         if training_args.value_model == "adapter":
             model = with_adapter(model, start_of_critic(parents), VALUE_ADAPTER, trainable=True)
         trainer = PPOTrainer(
@@ -138,7 +147,6 @@ def main(
         if reward_watch and trainer.is_world_process_zero():
             record["probes"] = reward_watch.summary()
         record["num_examples"] = len(train_rows)
-        record["rewards"] = {source: {"weight": w, "hash": _hash(source)} for source, w in parents.sources().items()}
         record["episodes"] = training_args.total_episodes
         record["trainable_parameters"] = trainable_parameters(trainer.model)
 
@@ -160,9 +168,10 @@ def add_rewards(model: PeftModel, parents: ParentConfig) -> tuple[list[str], lis
     """Load what the recipe rewards with.
 
     Returns:
-        Names of the reward adapters, now on the model; the callables; and the weight of each by its name. Reward
-        adapters are called "reward", "reward_2" and so on.
+        Names of the reward adapters, now on the model; the callables; and the weight of each by its name, in the order
+        of `parents.sources()`.
     """
+    names = {folder: name for name, folder in parents.adapters().items()}
     adapters: list[str] = []
     functions: list[RewardFunction] = []
     weights: dict[str, float] = {}
@@ -170,8 +179,8 @@ def add_rewards(model: PeftModel, parents: ParentConfig) -> tuple[list[str], lis
         if ":" in source:
             functions.append(load_reward_function(source))
             name = reward_name(functions[-1])
-        elif _is_adapter(source):
-            name = "reward" if not adapters else f"reward_{len(adapters) + 1}"
+        elif source in names:
+            name = names[source]
             with_adapter(model, source, name)
             with inference(model), use_adapter(model, name):
                 check_reward_card(model.get_base_model(), source)
@@ -193,9 +202,8 @@ def start_of_critic(parents: ParentConfig) -> str:
     Raises:
         ValueError: if there is none.
     """
-    for source in parents.sources():
-        if _is_adapter(source):
-            return source
+    for folder in parents.adapters().values():
+        return folder
     raise ValueError(
         "`value_model` is adapter, which starts from a reward adapter's weights, and there is none. Set "
         "`reward_adapter`, or `value_model: head`."
@@ -206,8 +214,18 @@ def _is_adapter(source: str) -> bool:
     return (Path(source) / "adapter_config.json").is_file()
 
 
-def _hash(source: str) -> str | None:
-    return folder_hash(Path(source)) if Path(source).is_dir() else None
+def rewards_in_record(parents: ParentConfig, names: Iterable[str], folder: Path) -> dict[str, dict[str, Any]]:
+    """What a record in `folder` says of each reward, by its name: source, weight, and the hash of a folder's weights."""
+
+    def entry(source: str, weight: float) -> dict[str, Any]:
+        is_folder = Path(source).is_dir()
+        return {
+            "source": relative_to(source, folder) if is_folder else source,
+            "weight": weight,
+            "hash": folder_hash(source) if is_folder else None,
+        }
+
+    return {name: entry(*given) for name, given in zip(names, parents.sources().items(), strict=True)}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import copy
 import json
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from rlhf.chat import reply_text
 from rlhf.config import ConfigError
@@ -260,6 +262,7 @@ class PPOTrainer(Trainer):
         self.stop_ids = [processing_class.eos_token_id, *stop_ids]
         self.generation_config = generation_config(processing_class, args.response_length, args.temperature, stop_ids)
         self._metrics: dict[str, list[float]] = {}
+        self.resumed_from: Path | None = None  # the checkpoint, for callbacks with files beside it
         self._rollout: Rollout | None = None
         self._rollout_rows: list[dict[str, Any]] = []  # what it replies to, for those who read the replies
         self._step = -1  # the optimiser step that `_micro_step` counts in
@@ -309,8 +312,10 @@ class PPOTrainer(Trainer):
         with inference(model), self.accelerator.autocast():
             prompts = [row["prompt_ids"] for row in rows]
             prompt_ids, prompt_mask = left_pad(prompts, self.processing_class.pad_token_id, self.accelerator.device)
+            began = time.perf_counter()
             responses = sample_replies(model, prompts, self.generation_config, args.generation_batch_size)
             mask = response_mask(responses, self.stop_ids)
+            speed = mask.sum() / (time.perf_counter() - began)
             batch = as_batch(prompt_ids, prompt_mask, responses, mask)
             policy = self._forward_in_parts(batch)
             with use_adapter(model, "reference"):
@@ -342,6 +347,8 @@ class PPOTrainer(Trainer):
             "val/num_eos_tokens": finished.float().mean(),
             "val/response_length": mask.sum(1).float().mean(),
         }
+        if not held_out:
+            statistics["rollout/tokens_per_second"] = speed * args.world_size  # ranks sample side by side
         means = self._mean(statistics)
         for name, raw in by_reward.items():
             everyone = self.accelerator.gather(raw)
@@ -580,8 +587,11 @@ class PPOTrainer(Trainer):
         Raises:
             ValueError: if the checkpoint is not whole, or was written by other numbers of processes or episodes.
         """
+        if resume_from_checkpoint is True:  # as the Trainer does, which tells nobody which one it took
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str | Path):
-            self._check_checkpoint(Path(resume_from_checkpoint))
+            self.resumed_from = Path(resume_from_checkpoint)
+            self._check_checkpoint(self.resumed_from)
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _check_checkpoint(self, folder: Path) -> None:

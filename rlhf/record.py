@@ -279,7 +279,7 @@ def movable(configs: Sequence[Any], folder: Path) -> list[Any]:
 
     def moved(value: Any, is_path: bool) -> Any:
         if isinstance(value, dict):
-            return {key: moved(item, is_path) for key, item in value.items()}
+            return {moved(key, False): moved(item, is_path) for key, item in value.items()}
         if isinstance(value, str) and (
             value.startswith(("/", "./", "../", "runs/")) or (is_path and Path(value).exists())
         ):
@@ -380,7 +380,7 @@ def _parent(name: str, path: Path, child: Path, base: str | None) -> dict[str, A
             f"The stage {made_by!r} is needed and there is none in {path}. Run it first: "
             f"`rlhf run recipes/<name> --until {made_by}`, or its script with the recipe's {made_by}.yaml."
         )
-    kinds = KINDS.get(name, POLICIES)
+    kinds = KINDS.get(re.sub(r"_\d+$", "", name), POLICIES)  # PPO may have several rewards: reward, reward_2, ...
     if record["stage"] not in kinds:
         raise RunError(
             f"{path} was made by the stage {record['stage']!r}, and what is needed as {name!r} is made by "

@@ -24,6 +24,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import statistics
@@ -39,8 +40,10 @@ from transformers.trainer_callback import ExportableState
 from rlhf.chat import reply_text
 from rlhf.facts import STOP_WORDS
 from rlhf.facts import lemma as uncached_lemma
+from rlhf.files import folder_hash, write_json
 from rlhf.lora import save_adapter
 from rlhf.ppo_trainer import PPOTrainer
+from rlhf.record import read_record
 from rlhf.rewards import load_reward_function
 
 logger = logging.getLogger(__name__)
@@ -358,13 +361,33 @@ class RewardWatch(TrainerCallback, ExportableState):
         temporary = folder.with_name(f".{BEST}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         save_adapter(self.trainer.accelerator.unwrap_model(self.trainer.model), temporary)
+        if record := read_record(args.output_dir):  # a trainer of one's own may write none
+            write_json(temporary / "metadata.json", self._record(record, temporary))
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
 
+    def _record(self, record: Mapping[str, Any], adapter: Path) -> dict[str, Any]:
+        """The stage's record as that of its best adapter, which lies one folder deeper: chat and evaluation ask for it."""
+
+        def deeper(path: str) -> str:
+            return os.path.normpath(Path("..", path)) if path.startswith(("./", "../")) else path
+
+        links = {name: {**link, "path": deeper(f"./{link['path']}")} for name, link in record["parents"].items()}
+        best = best_of(self.probings)
+        return {
+            **record,
+            "status": "done",
+            "parents": links,
+            "model_name_or_path": deeper(record["model_name_or_path"]),
+            "result_hash": folder_hash(adapter),
+            "step": best.step,
+            "probe_score": round(best.score, 4),
+        }
+
     def _take_back_best(self, args: TrainingArguments) -> None:
         """The best adapter of the checkpoint; that of the folder may be of a step after it."""
-        kept = Path(args.resume_from_checkpoint or "") / BEST
-        if kept.is_dir():
+        kept = self.trainer.resumed_from and self.trainer.resumed_from / BEST
+        if kept and kept.is_dir():
             _copy_whole(kept, Path(args.output_dir) / BEST)
 
 

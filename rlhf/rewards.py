@@ -5,6 +5,7 @@
 policy's base scores token ids; a reward model of another base is a callable like any other.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -115,17 +116,19 @@ def guesses(card: Mapping[str, Any]) -> list[str]:
 class RewardModel:
     """A reward model with a base, a tokenizer and a chat template of its own, as a reward callable.
 
-    Messages are rendered anew with its template, never its ids taken over from the policy. Rows are scored one at a
-    time: many models look for their last token by the pad token, which goes wrong where that also closes a turn.
+    Messages are rendered anew with its template, never its ids taken over from the policy. A batch of rows scores as
+    they do alone: many models look for their last token by the pad token of their configuration, so rows are filled up
+    on the right with that one; for a model that names none, with an id that none of the rows has.
 
     Args:
         name_or_path: A sequence classification model with one output, as `AutoModelForSequenceClassification` reads it.
+        batch_size: Rows of like length that are scored together.
 
     Raises:
         ValueError: if its tokenizer has no chat template.
     """
 
-    def __init__(self, name_or_path: str) -> None:
+    def __init__(self, name_or_path: str, batch_size: int = 16) -> None:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         if tokenizer.chat_template is None:
             raise ValueError(
@@ -137,20 +140,41 @@ class RewardModel:
         self.model = load_base(ModelConfig(model_name_or_path=name_or_path), self.tokenizer, reward=True).eval()
         self.model.requires_grad_(False)
         # As it was trained: `load_base` names a pad token, by which the stop token would be passed over.
-        self.model.config.pad_token_id = AutoConfig.from_pretrained(name_or_path).pad_token_id
+        self.pad_token_id = AutoConfig.from_pretrained(name_or_path).get_text_config().pad_token_id
+        self.batch_size = batch_size
         self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)
 
     @torch.no_grad()
     def __call__(
         self, prompts: Sequence[Sequence[Message]], completions: Sequence[str], **columns: Any
     ) -> list[float]:
-        scores = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            messages = [*prompt, {"role": "assistant", "content": completion}]
-            ids = render_within(messages, self.tokenizer, self.max_length)[0]["input_ids"]
-            logits = self.model(input_ids=torch.tensor([ids], device=self.model.device)).logits
-            scores.append(logits.float().squeeze().item())
+        dialogues = [
+            [*prompt, {"role": "assistant", "content": completion}]
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        rows = [render_within(messages, self.tokenizer, self.max_length)[0]["input_ids"] for messages in dialogues]
+        scores = [0.0] * len(rows)
+        order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            for place, score in zip(places, self._score([rows[place] for place in places]), strict=True):
+                scores[place] = score
         return scores
+
+    def _score(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Of rows of ids, filled up on the right."""
+        used = {id for row in rows for id in row}
+        pad = (
+            self.pad_token_id
+            if self.pad_token_id is not None
+            else next(id for id in itertools.count() if id not in used)
+        )
+        self.model.config.get_text_config().pad_token_id = pad
+        width, device = max(map(len, rows)), self.model.device
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
+        mask = torch.arange(width, device=device) < torch.tensor([[len(row)] for row in rows], device=device)
+        logits = self.model(input_ids=ids, attention_mask=mask.long()).logits
+        return [score.item() for score in logits.float().squeeze(-1)]
 
 
 @dataclass

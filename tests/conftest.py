@@ -1,5 +1,6 @@
 """Tiny models with tokenizers trained here, in folders as `save_pretrained` writes them: no network, no weights."""
 
+import gc
 import importlib
 import json
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from rlhf import callbacks
 from rlhf.config import parse
 from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
 from rlhf.pipeline import config_classes
+
+gc.freeze()  # each training begins with a collection, which would look through all of torch and transformers: 0.3 s
 
 SENTENCES = (
     "i have a dog . i like pizza . i am a teacher . my favourite colour is blue .",

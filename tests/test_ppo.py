@@ -12,12 +12,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoModelForSequenceClassification, OPTConfig, OPTForCausalLM
 from trl import ModelConfig
 
 import rlhf.ppo_trainer
 from rlhf.config import ConfigError, parse
 from rlhf.data.columns import load_rows, prompt_columns
+from rlhf.files import folder_hash
 from rlhf.generate import left_pad
 from rlhf.lora import with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer
@@ -197,8 +198,9 @@ def test_too_few_prompts_for_a_rollout(make_trainer):
 # Rewards
 
 
-@pytest.mark.parametrize("kl_coef", [0.0, 0.1, 0.2])
-def test_log_obeys_the_kl_identity(kl_coef, make_trainer):
+def test_log_obeys_the_kl_identity(make_trainer):
+    """Here with another coefficient than in the held-out rows of the log below."""
+    kl_coef = 0.2
     trainer = make_trainer(kl_coef=kl_coef)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "objective/kl" in row]
@@ -615,18 +617,19 @@ def test_what_is_not_policy_or_critic_is_not_optimised(make_trainer):
         trainer.train()
 
 
-@pytest.mark.parametrize("role", ["reference", "reward"])
-def test_a_frozen_role_that_was_changed_is_named(role, make_trainer):
-    trainer = make_trainer(adapters=["reward"])
-    weight = [p for name, p in trainer.model.named_parameters() if f".{role}." in name][-1]
+def test_a_frozen_role_that_was_changed_is_named(make_trainer):
+    trainer = make_trainer(adapters=["reward", "reward_2"])
+    named = list(trainer.model.named_parameters())
+    weights = [[p for name, p in named if f".{role}." in name][-1] for role in ("reference", "reward_2")]
     rollout = trainer.rollout
 
     def tampering(*args):
-        weight.data += 1e-6
+        for weight in weights:
+            weight.data += 1e-6
         return rollout(*args)
 
     trainer.rollout = tampering
-    with pytest.raises(RoleError, match=f"The adapter {role} is frozen.*found at step 4"):
+    with pytest.raises(RoleError, match=r"The adapter reference, reward_2 is frozen.*found at step 4"):
         trainer.train()
 
 
@@ -750,18 +753,20 @@ def test_ppo_learns_a_reward(make_trainer):
 
 @pytest.fixture(scope="module")
 def uninterrupted(train, tiny_llama, dataset, sft_run, reward_run, tmp_path_factory):
-    """Two epochs of the data: 24 prompts, 12 rollouts of 4, 24 steps."""
+    """Into the second epoch of the data: 24 prompts, 8 rollouts of 4, 16 steps."""
     keys = {
         "model_name_or_path": tiny_llama, "dataset": dataset, "sft_adapter": sft_run.folder,
-        "reward_adapter": reward_run.folder, "total_episodes": 48, "save_steps": 6, "save_total_limit": None,
+        "reward_adapter": reward_run.folder, "total_episodes": 32, "save_steps": 6, "save_total_limit": None,
         "load_best_model_at_end": False, "metric_for_best_model": None, "kl_target": 0.1, "kl_horizon": 100,
+        "eval_steps": 8, "sample_steps": 8,
         "normalize_rewards": True, "rewards": f'{{"{reward_run.folder}": 0.5, "rlhf.rewards:persona_rule": 2}}',
     }  # fmt: skip
     return train("ppo", tmp_path_factory.mktemp("resume") / "whole", **keys), keys
 
 
-@pytest.mark.parametrize("step", [6, 12, 18], ids=["in the first epoch", "between epochs", "in the second epoch"])
-def test_resumed_training_is_bit_identical(step, uninterrupted, train, tmp_path):
+def test_resumed_training_is_bit_identical(uninterrupted, train, tmp_path):
+    """From the middle of the first epoch; test_ppo_resume.py begins between two epochs and within the second one."""
+    step = 6
     whole, keys = uninterrupted
     folder = tmp_path / "resumed"
     shutil.copytree(whole.folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")
@@ -771,10 +776,11 @@ def test_resumed_training_is_bit_identical(step, uninterrupted, train, tmp_path)
     for name, parameter in resumed.trainer.model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
     for file in ("adapter_model.safetensors", VALUE_HEAD_FILE):
-        assert (folder / "checkpoint-24" / file).read_bytes() == (whole.folder / "checkpoint-24" / file).read_bytes()
+        assert (folder / "checkpoint-16" / file).read_bytes() == (whole.folder / "checkpoint-16" / file).read_bytes()
 
     def without_times(rows):
-        return [{k: v for k, v in row.items() if not k.startswith("train_")} for row in rows]
+        timed = "rollout/tokens_per_second"
+        return [{k: v for k, v in row.items() if not k.startswith("train_") and k != timed} for row in rows]
 
     assert without_times(resumed.rows("metrics.jsonl")) == without_times(whole.rows("metrics.jsonl"))
     coefficients = [row["objective/kl_coef"] for row in resumed.rows("metrics.jsonl") if "objective/kl_coef" in row]
@@ -782,9 +788,12 @@ def test_resumed_training_is_bit_identical(step, uninterrupted, train, tmp_path)
 
 
 def test_the_script_takes_a_mixture_and_an_adapter_as_critic(
-    train, tiny_llama, dataset, sft_run, reward_run, tmp_path
+    train, tiny_llama, tiny_qwen2, dataset, sft_run, reward_run, tmp_path
 ):
-    rewards = {str(reward_run.folder): 0.5, "rlhf.rewards:persona_rule": 2.0}
+    judge = tmp_path / "judge"  # a model of another base
+    AutoModelForSequenceClassification.from_pretrained(tiny_qwen2, num_labels=1).save_pretrained(judge)
+    load_tokenizer(str(tiny_qwen2)).save_pretrained(judge)
+    rewards = {str(reward_run.folder): 0.5, "rlhf.rewards:persona_rule": 2.0, str(judge): 0.25}
     run = train(
         "ppo", tmp_path / "ppo", model_name_or_path=tiny_llama, dataset=dataset, sft_adapter=sft_run.folder,
         rewards=json.dumps(rewards), value_model="adapter", total_episodes=4, eval_strategy="no", save_strategy="no",
@@ -792,12 +801,21 @@ def test_the_script_takes_a_mixture_and_an_adapter_as_critic(
     )  # fmt: skip
     assert {name.split(".")[-2] for name in run.moved()} == {"default", "critic"}
     row = next(row for row in run.rows("metrics.jsonl") if "objective/scores" in row)
-    total = 0.5 * row["rewards/reward/mean"] + 2.0 * row["rewards/persona_rule/mean"]
-    assert row["objective/scores"] == pytest.approx(total, abs=1e-6)
+    total = (
+        0.5 * row["rewards/reward/mean"] + 2.0 * row["rewards/persona_rule/mean"] + 0.25 * row["rewards/judge/mean"]
+    )
+    assert row["objective/scores"] == pytest.approx(total, abs=1e-6) and row["rollout/tokens_per_second"] > 0
     record = run.metadata()["rewards"]
-    assert {source: said["weight"] for source, said in record.items()} == rewards
-    assert run.metadata()["parents"]["reward"]["hash"] == record[str(reward_run.folder)]["hash"]
-    assert record[str(reward_run.folder)]["hash"] and record["rlhf.rewards:persona_rule"]["hash"] is None
+    assert {name: said["weight"] for name, said in record.items()} == {
+        "reward": 0.5,
+        "persona_rule": 2.0,
+        "judge": 0.25,
+    }
+    assert (run.folder / record["reward"]["source"]).resolve() == reward_run.folder.resolve()  # the folder can move
+    assert run.metadata()["parents"]["reward"]["hash"] == record["reward"]["hash"] == folder_hash(reward_run.folder)
+    assert record["persona_rule"] == {"source": "rlhf.rewards:persona_rule", "weight": 2.0, "hash": None}
+    # A parent whose weights change makes `rlhf run` train anew.
+    assert run.metadata()["parents"]["reward model judge"] == {"path": "../judge", "hash": folder_hash(judge)}
 
 
 @pytest.mark.parametrize(
@@ -812,6 +830,17 @@ def test_rewards_that_are_not_there_are_named(words, reason):
     with pytest.raises((ValueError, FileNotFoundError), match=reason):
         add_rewards(None, parents)
         start_of_critic(parents)
+
+
+def test_speed_is_of_the_replies_of_all_ranks(make_trainer, monkeypatch):
+    """Two seconds by a clock that is set here, for the tokens that the masks keep."""
+    trainer = make_trainer()
+    monkeypatch.setattr(rlhf.ppo_trainer.time, "perf_counter", iter([10.0, 12.0, 20.0, 22.0]).__next__)
+    log, held_out = {}, {}
+    rollout = trainer.rollout(some_rows(trainer), log)
+    assert log["rollout/tokens_per_second"] == [pytest.approx(rollout.mask.sum().item() / 2)]
+    trainer.rollout(some_rows(trainer), held_out, held_out=True)
+    assert "rollout/tokens_per_second" not in held_out
 
 
 # docs/ppo.md

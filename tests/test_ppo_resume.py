@@ -43,6 +43,12 @@ ARGS = {
 CRITICS = {"head": VALUE_HEAD_FILE, "adapter": VALUE_ADAPTER_FILE}
 
 
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """A third of these tests' time; test_callbacks.py looks at them."""
+    monkeypatch.setattr("rlhf.callbacks.plot_curves", lambda rows, path: None)
+
+
 class Killed(BaseException):
     """In place of SIGKILL: nothing catches it."""
 
@@ -96,13 +102,14 @@ def killed_at(folder, source, *steps):
 def rows(folder):
     """The log, but for times and the row of the end, which is theirs."""
     logged = [
-        {k: v for k, v in row.items() if not k.startswith("train_")} for row in read_jsonl(folder / "metrics.jsonl")
+        {k: v for k, v in row.items() if not (k.startswith("train_") or k == "rollout/tokens_per_second")}
+        for row in read_jsonl(folder / "metrics.jsonl")
     ]
     return [row for row in logged if row.keys() - {"step", "epoch", "episode", "skipped_steps"}]
 
 
 def check_same(folder, source, critic, last=20):
-    """Adapter, critic, optimiser, schedule, random numbers, best adapter, state of the callbacks, log."""
+    """Adapter, critic, optimiser, schedule, random numbers, best adapter, state of the callbacks, log up to there."""
     one, other = folder / f"checkpoint-{last}", source / f"checkpoint-{last}"
     for name in ("adapter_model.safetensors", critic, "best/adapter_model.safetensors"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
@@ -115,7 +122,7 @@ def check_same(folder, source, critic, last=20):
         for volatile in ("best_model_checkpoint", "log_history"):
             state.pop(volatile)
     assert states[0] == states[1] and {"PPOState", "RewardWatch"} <= states[0]["stateful_callbacks"].keys()
-    assert rows(folder) == rows(source)
+    assert rows(folder) == [row for row in rows(source) if row["step"] <= last]
 
 
 def assert_equal(one, other, where):
@@ -149,31 +156,48 @@ class AskFor(TrainerCallback):
 # Stopped in this process
 
 
-@pytest.mark.parametrize(
-    ("micro_step", "value_model"), [*((micro_step, "head") for micro_step in range(8)), (5, "adapter")]
-)
-def test_stopped_at_any_offset_within_a_rollout(micro_step, value_model, whole, folders, tmp_path, caplog):
-    """It goes on from the end of the first epoch, is asked for a checkpoint within a rollout of the second one, is
-    stopped within the next rollout, and goes on from what it was asked for."""
-    source, folder = whole(value_model), tmp_path / "run"
-    killed_at(folder, source, 12)
-    start, asked = folder / "checkpoint-12", 13 + micro_step // 2
-    first = trainer_in(folder, folders, value_model, start, save_strategy="no")
-    first.add_callback(AskFor(asked, "should_save"))
-    own_step, taken = first.training_step, []
+def stop_after(trainer, micro_steps):
+    """Kill the training before another micro-step."""
+    own_step, taken = trainer.training_step, []
 
     def stop(*args, **kwargs):
-        if len(taken) == 8 + micro_step:
+        if len(taken) == micro_steps:
             raise Killed
         taken.append(1)
         return own_step(*args, **kwargs)
 
-    first.training_step = stop
+    trainer.training_step = stop
+
+
+@pytest.mark.parametrize(("asked", "value_model"), [(13, "head"), (14, "head"), (15, "adapter"), (16, "head")])
+def test_a_checkpoint_asked_for_within_a_rollout_is_that_of_its_end(
+    asked, value_model, whole, folders, tmp_path, caplog
+):
+    """It goes on from the end of the first epoch, is asked at each step of a rollout, and is stopped in the next one."""
+    source, folder = whole(value_model), tmp_path / "run"
+    killed_at(folder, source, 12)
+    trainer = trainer_in(folder, folders, value_model, folder / "checkpoint-12", save_strategy="no")
+    trainer.add_callback(AskFor(asked, "should_save"))
+    stop_after(trainer, 8)
     with caplog.at_level("WARNING", "rlhf.ppo_trainer"), pytest.raises(Killed):
-        first.train(resume_from_checkpoint=str(start))
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-12"))
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-16"]
     said = f"`should_save` was asked for at step {asked}, within a rollout; it is done at the end of the rollout, at step 16"
     assert (said in caplog.text) == (asked != 16)
+    check_same(folder, source, CRITICS[value_model], last=16)
+
+
+@pytest.mark.parametrize(("value_model", "offsets"), [("head", range(8)), ("adapter", [5])])
+def test_stopped_at_any_offset_within_a_rollout(value_model, offsets, whole, folders, tmp_path):
+    """In the second epoch: stopped after each number of micro-steps in turn, each time from where it was stopped before,
+    with what the process before has left in the folder."""
+    source, folder = whole(value_model), tmp_path / "run"
+    killed_at(folder, source, 16)
+    for micro_steps in offsets:
+        trainer = trainer_in(folder, folders, value_model, folder / "checkpoint-16")
+        stop_after(trainer, micro_steps)
+        with pytest.raises(Killed):
+            trainer.train(resume_from_checkpoint=str(folder / "checkpoint-16"))
     train(folder, folders, value_model, folder / "checkpoint-16")
     check_same(folder, source, CRITICS[value_model])
 

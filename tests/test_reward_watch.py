@@ -1,5 +1,6 @@
 """The watch over PPO: statistics of replies, the rule on curves, the trick's name, the best adapter, resuming."""
 
+import copy
 import json
 import random
 import re
@@ -10,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState
 from trl import ModelConfig
 
 from evaluation.probes import HeldOutProbes
@@ -18,13 +19,13 @@ from rlhf.chat import reply_ids
 from rlhf.config import ConfigError, parse
 from rlhf.data import world
 from rlhf.data.columns import prompt_columns
-from rlhf.files import write_jsonl
+from rlhf.files import folder_hash, write_jsonl
 from rlhf.generate import left_pad
 from rlhf.lora import lora_config, set_trainable, with_adapter
 from rlhf.model import load_base, load_tokenizer
 from rlhf.pipeline import config_classes
 from rlhf.ppo_trainer import PPOConfig, PPOTrainer
-from rlhf.record import model_card
+from rlhf.record import base_of, model_card, read_record, stage
 from rlhf.reward_watch import TRICKS, Probing, RewardWatch, best_of, parted, reply_statistics, tricks
 from rlhf.rewards import persona_rule
 
@@ -241,7 +242,7 @@ def keys(tiny_llama, dataset, sft_run, reward_run, tmp_path_factory):
             "model_name_or_path": tiny_llama, "dataset": dataset, "sft_adapter": sft_run.folder,
             "reward_adapter": reward_run.folder, "probe": "probe_of_a_test:OfWeights", "probe_steps": 4,
             "save_total_limit": None, "load_best_model_at_end": False, "metric_for_best_model": None, "save_steps": 6,
-            "total_episodes": 56,
+            "total_episodes": 56, "eval_steps": 14, "sample_steps": 14,
         }  # fmt: skip
 
 
@@ -302,6 +303,22 @@ def test_the_best_adapter_is_kept_beside_the_last(watched, tiny_llama):
     assert not list(watched.folder.rglob(".best.tmp"))
 
 
+def test_the_best_adapter_has_a_record_by_which_it_is_a_system_as_the_last_one_is(
+    watched, sft_run, dataset, tiny_llama
+):
+    folder = watched.folder / "best"
+    record, of_stage = read_record(folder), watched.metadata()
+    assert record["stage"] == "ppo" and record["step"] == of_stage["probes"]["best"]["step"]
+    assert record["result_hash"] == folder_hash(folder) != of_stage["result_hash"]
+    assert (folder / record["parents"]["sft"]["path"]).resolve() == sft_run.folder.resolve()
+    assert (folder / record["parents"]["prepare"]["path"]).resolve() == dataset.resolve()  # where chat finds a persona
+    assert Path(base_of(record, folder)).resolve() == tiny_llama.resolve()
+    # What an evaluation, or a training from it, asks of a parent: of which stage, whole, on this base, of parents as they are.
+    configs = [ModelConfig(model_name_or_path=str(tiny_llama))]
+    with stage("evaluate", watched.folder.parent / "evaluated", configs, seed=0, parents={"best": folder}):
+        pass
+
+
 @pytest.mark.parametrize("step", [6, 18])
 def test_a_resumed_run_picks_the_same_best(step, watched, keys, train, tmp_path):
     folder = tmp_path / "resumed"
@@ -316,6 +333,21 @@ def test_a_resumed_run_picks_the_same_best(step, watched, keys, train, tmp_path)
     expected = load_file(watched.folder / "best" / "adapter_model.safetensors")
     found = load_file(folder / "best" / "adapter_model.safetensors")
     assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("asked", ["checkpoint-18", True])
+def test_the_best_of_the_checkpoint_is_taken_back_however_it_is_named(asked, watched, tmp_path, monkeypatch):
+    """By the argument of `train` alone, which the configuration need not have; True is the folder's last checkpoint."""
+    shutil.copytree(watched.folder / "checkpoint-18", tmp_path / "checkpoint-18")
+    trainer = copy.copy(watched.trainer)
+    trainer.args = copy.copy(trainer.args)
+    trainer.args.output_dir, trainer.args.resume_from_checkpoint = str(tmp_path), None
+    monkeypatch.setattr(Trainer, "train", lambda self, checkpoint, **kwargs: checkpoint)
+    taken = trainer.train(resume_from_checkpoint=True if asked is True else str(tmp_path / asked))
+    assert taken == str(tmp_path / "checkpoint-18")
+    RewardWatch(trainer, watch_of(watched).probe, every=4)._take_back_best(trainer.args)
+    expected = (watched.folder / "checkpoint-18" / "best" / "adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "best" / "adapter_model.safetensors").read_bytes() == expected
 
 
 def test_the_state_is_in_the_checkpoint(watched):

@@ -1,17 +1,26 @@
 """Rewards: the rule by cases and against the evaluator, scoring by the mask, the card that a lost head does not pass."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config
 
 from evaluation.probes import score_reply
 from rlhf import rewards
+from rlhf.chat import render
+from rlhf.check import examine
+from rlhf.config import ConfigError, parse, values_of
 from rlhf.data import world
+from rlhf.files import write_json
 from rlhf.model import load_tokenizer
+from rlhf.pipeline import config_classes, plan
+from rlhf.record import RunError, movable, stage
 from rlhf.rewards import (
     RewardModel,
     RunningScale,
@@ -292,6 +301,102 @@ def test_an_outside_reward_model_reads_messages_by_its_own_template(outside):
     turns = [{"role": role, "content": "ok ."} for role in ("user", "assistant") * 9]
     cut, *shorter = (judge([[prompt[0], *turns[start:], prompt[1]]], replies[:1]) for start in range(0, 19, 2))
     assert cut in shorter[:-1] and cut != shorter[-1]  # 120 positions: the oldest turns go, no more than must
+
+
+@pytest.mark.parametrize("pad", ["as saved", "that closes a turn", "none"])
+def test_a_batch_of_an_outside_reward_model_scores_as_its_rows_alone(pad, outside, tmp_path):
+    """The scores of each row alone come from transformers' own forward, which looks for the last token by the pad token."""
+    folder = shutil.copytree(outside, tmp_path / "judge")
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config["pad_token_id"] = {"as saved": config["pad_token_id"], "none": None}.get(pad, tokenizer.eos_token_id)
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder)
+    judge = RewardModel(str(folder), batch_size=3)
+    replies = ["a dog .", "no", "", "i have a cat and a dog and a bird .", "yes , a dog .", "a", "no , i have a cat ."]
+    prompts = [[{"role": "user", "content": "any pets ? " * (1 + place % 2)}] for place in range(len(replies))]
+    rows = [
+        render([*prompt, {"role": "assistant", "content": reply}], judge.tokenizer)["input_ids"]
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+    with torch.no_grad():
+        alone = [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
+    sizes = []
+    judge.model.register_forward_pre_hook(
+        lambda m, a, inputs: sizes.append(inputs["input_ids"].shape[0]), with_kwargs=True
+    )
+    assert judge(prompts, replies) == pytest.approx(alone, abs=1e-5)  # float32, padded against alone
+    assert sizes == [3, 3, 1] and len({len(row) for row in rows}) > 4 and max(alone) - min(alone) > 0.1
+
+
+# The mixture of a recipe
+
+
+@pytest.fixture
+def mixture(tmp_path, monkeypatch):
+    """A recipe whose rewards are a folder of its run, a model beside its file, and a function."""
+    recipe = tmp_path / "recipes" / "mixed"
+    recipe.mkdir(parents=True)
+    (recipe / "judge").mkdir()
+    values = {
+        "output_dir": "runs/mixed/ppo", "dataset": "runs/mixed/prepare", "sft_adapter": "runs/mixed/sft",
+        "rewards": {"runs/mixed/reward": 0.7, "./judge": 0.1, "rlhf.rewards:persona_rule": 0.2, "own-er/judge": 0.3},
+    }  # fmt: skip
+    (recipe / "ppo.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return recipe
+
+
+@pytest.mark.parametrize(("output_dir", "reward"), [("runs/mixed", "runs/mixed/reward"), ("other", "other/reward")])
+def test_paths_of_a_mixture_are_of_the_recipe_and_move_with_the_run(output_dir, reward, mixture):
+    expected = {reward: 0.7, str(mixture / "judge"): 0.1, "rlhf.rewards:persona_rule": 0.2, "own-er/judge": 0.3}
+    (step,) = plan(mixture, False, None, Path(output_dir), {})
+    assert values_of(step.configs)["rewards"] == expected
+    alone = parse(config_classes("ppo"), ["--config", str(mixture / "ppo.yaml")], "ppo")
+    assert str(mixture / "judge") in values_of(alone)["rewards"]
+    saved = values_of(movable(step.configs, mixture.parents[1] / "elsewhere" / output_dir / "ppo"))["rewards"]
+    assert os.path.relpath(mixture / "judge", mixture.parents[1] / "elsewhere" / output_dir / "ppo") in saved
+
+
+def test_a_path_that_a_mixture_names_twice_is_refused(mixture):
+    values = yaml.safe_load((mixture / "ppo.yaml").read_text())
+    (mixture / "ppo.yaml").write_text(yaml.safe_dump(values | {"rewards": {"./judge": 1.0, "../mixed/judge": 2.0}}))
+    with pytest.raises(ConfigError, match="`rewards`.*names one path twice"):
+        parse(config_classes("ppo"), ["--config", str(mixture / "ppo.yaml")], "ppo")
+
+
+def test_the_check_knows_the_folders_of_a_mixture(mixture, dataset, tiny_llama):
+    shutil.copytree(tiny_llama, mixture / "judge", dirs_exist_ok=True)  # a model: its format is its own
+    (mixture / "adapter").mkdir()  # neither model nor adapter of ours
+    values = yaml.safe_load((mixture / "ppo.yaml").read_text())
+    values |= {"dataset": str(dataset), "model_name_or_path": str(tiny_llama), "response_length": 6, "max_length": 256}
+    values["rewards"]["./adapter"] = 1.0
+    (mixture / "ppo.yaml").write_text(yaml.safe_dump(values))
+    configs = parse(config_classes("ppo"), ["--config", str(mixture / "ppo.yaml")], "ppo")
+    items = examine("ppo", configs, unmade=["runs/mixed/reward"]).items
+    found = [(item.passed, item.detail) for item in items if item.name == "parent"]
+    assert [passed for passed, _ in found] == [
+        False,
+        True,
+        False,
+    ]  # SFT's, which nothing makes; the reward's; the empty folder
+    assert "runs/mixed/reward" in found[1][1] and str(mixture / "adapter") in found[2][1]
+
+
+def test_several_reward_stages_are_parents(mixture, tmp_path):
+    """Of the stage `reward` each, whatever their place."""
+    for name, made_by in (("one", "reward"), ("two", "sft")):
+        write_json(tmp_path / name / "metadata.json", {"stage": made_by, "status": "done", "parents": {}})
+    with (
+        pytest.raises(
+            RunError, match="two was made by the stage 'sft', and what is needed as 'reward_2' is made by reward"
+        ),
+        stage("ppo", tmp_path / "ppo", [], seed=0, parents={"reward": tmp_path / "one", "reward_2": tmp_path / "two"}),
+    ):
+        pass
 
 
 def test_an_outside_reward_model_without_a_template_is_refused(outside, tmp_path):
