@@ -3,6 +3,7 @@
 The fast tests stop a trainer in this process, at each place where a kill may fall; the slow ones kill the script itself.
 """
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from transformers import TrainerCallback, TrainerState
 from rlhf.callbacks import MetricsFile
 from rlhf.config import ConfigError
 from rlhf.files import read_jsonl
+from rlhf.lora import role_hash, with_adapter
 from rlhf.pipeline import _last_whole_checkpoint
 from rlhf.ppo_trainer import VALUE_ADAPTER_FILE, VALUE_HEAD_FILE, PPOConfig, PPOTrainer
 from rlhf.record import read_record
@@ -113,8 +115,11 @@ def check_same(folder, source, critic, last=20):
     one, other = folder / f"checkpoint-{last}", source / f"checkpoint-{last}"
     for name in ("adapter_model.safetensors", critic, "best/adapter_model.safetensors"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    numbers = sorted(path.name for path in other.glob("rng_state*.pth"))
-    for name in ("optimizer.pt", "scheduler.pt", *numbers):
+    # DeepSpeed keeps the optimiser in parts, one a rank.
+    patterns = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "global_step*/*.pt")
+    states = [str(path.relative_to(other)) for pattern in patterns for path in sorted(other.glob(pattern))]
+    assert len(states) >= 3
+    for name in states:
         saved = [torch.load(path / name, weights_only=False) for path in (one, other)]
         assert_equal(*saved, name)
     states = [json.loads((path / "trainer_state.json").read_text()) for path in (one, other)]
@@ -135,10 +140,12 @@ def assert_equal(one, other, where):
         assert len(one) == len(other), where
         for place, (left, right) in enumerate(zip(one, other, strict=True)):
             assert_equal(left, right, f"{where}.{place}")
+    elif hasattr(one, "shape"):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other)), where
+    elif hasattr(one, "__dict__") and not callable(one):  # DeepSpeed's scaler of the loss
+        assert_equal(vars(one), vars(other), where)
     else:
-        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other)) if hasattr(one, "shape") else one == other, (
-            where
-        )
+        assert one == other, where
 
 
 class AskFor(TrainerCallback):
@@ -440,3 +447,38 @@ def test_two_ranks_killed_at_random_moments(folders, tmp_path):
     whole = kill_often(3, 16, program, folders, {**KEYS, "total_episodes": 64}, tmp_path)
     assert read_record(whole)["hardware"]["processes"] == 2
     assert len(list((whole / "checkpoint-16").glob("rng_state_*.pth"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("environment")
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_two_ranks_under_zero_2_go_on_to_the_bit(folders, tmp_path, extensions, monkeypatch):
+    """4 rollouts of 8 episodes, 8 steps, the last rollout in the second epoch; resumed by new processes from step 4."""
+    config = {
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "use_cpu": True, "num_machines": 1,
+        "num_processes": 2, "machine_rank": 0, "mixed_precision": "no", "main_training_function": "main",
+        "deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": 2, "offload_optimizer_device": "none",
+                             "offload_param_device": "none", "zero3_init_flag": False},
+    }  # fmt: skip
+    (tmp_path / "two_zero2.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
+    program = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two_zero2.yaml")]
+    program += ["--main_process_port", "0"]
+    keys, whole, resumed = {**KEYS, "total_episodes": 32}, tmp_path / "whole", tmp_path / "resumed"
+    assert script(whole, program, folders, keys)
+    killed_at(resumed, whole, 2, 4)
+    shutil.copy(whole / "samples.jsonl", resumed)
+    assert script(resumed, program, folders, keys)
+
+    check_same(resumed, whole, VALUE_HEAD_FILE, last=8)
+    for name in ("adapter_model.safetensors", "best/adapter_model.safetensors", "samples.jsonl"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
+    model = make(folders, tmp_path / "unused").model
+    with_adapter(model, folders["reward"], "reward")
+    frozen = {name: role_hash(model, name)[:16] for name in ("reference", "reward")}
+    for folder in (whole, resumed):
+        record, said = read_record(folder), (folder / "training.log").read_text()
+        assert record["status"] == "done" and record["hardware"]["processes"] == 2
+        assert len(list(folder.glob("checkpoint-8/global_step*/*optim_states.pt"))) == 2  # ZeRO's parts
+        assert said.count(f"hash of the frozen adapters at step 8: {frozen}") == 2  # at the last save, and at the end
