@@ -15,7 +15,7 @@ def load(name):
     return module
 
 
-ppo_vs_trl, ppo_scaling = load("ppo_vs_trl"), load("ppo_scaling")
+ppo_vs_trl, ppo_scaling, critic_curves = load("ppo_vs_trl"), load("ppo_scaling"), load("critic_curves")
 
 
 def side(speed, cpu, memory):
@@ -74,3 +74,35 @@ def test_exponents_are_those_of_the_largest_two_sizes():
         200: {"seconds": 24.0, "own_gib": 1.0},
     }
     assert ppo_scaling.exponents(measured) == {"seconds": 2.0, "own_gib": 0.0}
+
+
+def curve(*points):
+    """Every measure has the same value, at seconds."""
+    return [
+        {"seconds": s, "episodes": 128 * place, **dict.fromkeys(critic_curves.MEASURES, value)}
+        for place, (s, value) in enumerate(points)
+    ]
+
+
+def test_the_area_is_a_mean_over_the_time():
+    """Trapezoids: half of 10 s at 1, then 20 s from 1 to 2; and the same cut off at 20 s, where the value is 1.5."""
+    made = curve((0, 0.0), (10, 1.0), (30, 2.0))
+    assert critic_curves.area(made, "kept", 30) == pytest.approx((5 + 30) / 30)
+    assert critic_curves.area(made, "kept", 20) == pytest.approx((5 + 12.5) / 20)
+
+
+@pytest.mark.parametrize(
+    ("of_adapter", "default"), [((1.5, 1.2), "adapter"), ((1.5, 0.8), "head"), ((0.5, 0.8), "head")]
+)
+def test_the_default_is_the_critic_that_is_better_with_every_seed(of_adapter, default):
+    """The curves are compared over the time that all of them have: 20 s, where the head's value is 1 throughout."""
+    head = {seed: curve((0, 1.0), (20, 1.0), (40, 9.0)) for seed in (1, 2)}
+    adapter = {seed: curve((0, value), (20, value)) for seed, value in zip((1, 2), of_adapter, strict=True)}
+    found = critic_curves.summary({"head": head, "adapter": adapter})
+    assert found["default"] == default and found["seconds"] == 20
+    differences = found["head_minus_adapter"]["area"]["eval_objective/rlhf_reward"]
+    assert differences == {1: pytest.approx(1 - of_adapter[0]), 2: pytest.approx(1 - of_adapter[1])}
+    assert (
+        found["sides"]["head"]["episodes"] == {1: 256, 2: 256}
+        and found["sides"]["adapter"]["end"]["kept"][1] == of_adapter[0]
+    )
