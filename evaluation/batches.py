@@ -18,6 +18,7 @@ from accelerate import PartialState
 
 from rlhf.files import write_json, write_text
 from rlhf.record import RunError
+from rlhf.session import Pace, SessionEnded
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +109,15 @@ def in_batches(
     if len(missing) < len(paths):
         logger.info("%s goes on: %d of %d batches are there", task, len(paths) - len(missing), len(paths))
     state.wait_for_everyone()  # else a slow rank would not miss what a fast one has just made
+    pace = Pace()
     for start in missing[state.process_index :: state.num_processes]:
+        if pace.over():
+            break
         batch = [items[index] for index in order[start : start + batch_size]]
         write_text(paths[start], json.dumps(list(compute(batch, start)), allow_nan=False))
     state.wait_for_everyone()
+    if left := sum(not path.is_file() for path in paths.values()):  # which all processes see alike
+        raise SessionEnded(f"the session ends; {left} of {len(paths)} batches of {task} are left")
     results: list[Any] = [None] * len(items)
     for start, path in paths.items():
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -86,7 +86,8 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if state.is_world_process_zero:
-            _rewind(Path(args.output_dir) / "metrics.jsonl", state.global_step)
+            # By number: a killed process may have logged more at the step of its last checkpoint, behind it.
+            _rewind(Path(args.output_dir) / "metrics.jsonl", state.global_step, len(state.log_history))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs
@@ -247,11 +248,14 @@ class RanksAgree(TrainerCallback):
             )
 
 
-def _rewind(path: Path, step: int) -> None:
-    """Drop the rows beyond `step`, all of them at the start of a training; and half a line, which a kill may leave."""
+def _rewind(path: Path, step: int, number: int | None = None) -> None:
+    """Drop the rows beyond `step` and beyond the first `number`, all of them at the start of a training.
+
+    Half a line, which a kill may leave, goes too.
+    """
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() and step else []
     rows = [json.loads(line) for line in lines]
-    write_jsonl(path, (row for row in rows if row["step"] <= step))
+    write_jsonl(path, (row for row in rows[:number] if row["step"] <= step))
 
 
 def _is_number(value: Any) -> bool:

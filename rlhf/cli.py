@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import STAGES, ConfigError, exit_with, parse
+from rlhf.session import EXIT_STATUS, SessionEnded
 
 # Read when torch starts its threads. By default a thread spins for milliseconds while it waits, and takes the core from
 # whatever else runs; some 50 microseconds are as fast where nothing else does (SFT of the demo, 2 cores, torch 2.13).
@@ -25,6 +26,15 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--output_dir", type=Path, metavar="DIR", help="in place of runs/<recipe>")
     run.add_argument(
         "--set", action="append", default=[], metavar="[STAGE.]KEY=VALUE", help="override a key; may be repeated"
+    )
+    run.add_argument(
+        "--session_budget", metavar="TIME", help="as 11h, 90m or 3600s: stop before, and say which command goes on"
+    )
+    run.add_argument(
+        "--continue_from",
+        type=Path,
+        metavar="DIR",
+        help="a run of another session, which may be read-only, to go on with",
     )
     run.set_defaults(command=_run)
 
@@ -55,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     try:
         arguments.command(arguments)
+    except SessionEnded as ended:
+        print(ended)
+        raise SystemExit(EXIT_STATUS) from ended
     except ConfigError as error:
         exit_with(error)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the outermost call; what it cannot tell it raises
@@ -72,7 +85,8 @@ def _run(arguments: argparse.Namespace) -> None:
         if not equals:
             raise ConfigError([f"`set`: {word!r}: write --set key=value or --set stage.key=value"])
         overrides[key] = value
-    run(arguments.recipe, arguments.tiny, arguments.until, arguments.output_dir, **overrides)
+    session = {"session_budget": arguments.session_budget, "continue_from": arguments.continue_from}
+    run(arguments.recipe, arguments.tiny, arguments.until, arguments.output_dir, **session, **overrides)
 
 
 def _check(arguments: argparse.Namespace) -> None:

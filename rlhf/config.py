@@ -133,6 +133,7 @@ NO_EFFECT = {
     "lora_task_type": "the stage decides: SEQ_CLS for the reward adapter, CAUSAL_LM for the others; delete the key",
     "load_in_8bit": "8-bit bases are not supported; use `load_in_4bit: true`",
     "use_bnb_nested_quant": "is always on with `load_in_4bit: true`; delete the key",
+    "save_only_model": "a checkpoint without the optimiser's state cannot be gone on from; delete the key",
     "bnb_4bit_quant_storage": "is of use to FSDP alone, which is not supported; delete the key",
 }
 
@@ -204,6 +205,8 @@ class DataConfig:
         num_samples: held-out rows that are sampled.
         max_truncated_share: share of a file's rows that may lose turns to `max_length` before the stage stops.
         max_skipped_steps: optimiser steps in a row that may be skipped as not finite; one more stops the stage.
+        save_minutes: longest time between two checkpoints, beside `save_steps`; None saves by step alone. By default a
+            session that dies unasked, as Kaggle's may, costs half an hour at most, and a save is a few seconds of it.
     """
 
     dataset: str = dataclasses.field(metadata={"path": True})
@@ -213,6 +216,7 @@ class DataConfig:
     num_samples: int = dataclasses.field(default=4, metadata={"range": "[1, inf)"})
     max_truncated_share: float = dataclasses.field(default=0.05, metadata={"range": "[0, 1]"})
     max_skipped_steps: int = dataclasses.field(default=3, metadata={"range": "[0, inf)"})
+    save_minutes: float | None = dataclasses.field(default=30.0, metadata={"range": "(0, inf)"})
 
 
 @dataclasses.dataclass

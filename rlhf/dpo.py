@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from rlhf.callbacks import watch
 from rlhf.check import preflight
+from rlhf.checkpoints import train
 from rlhf.config import DataConfig, PairConfig
 from rlhf.data.columns import load_rows, preference_columns, swap_labels
 from rlhf.files import folder_hash
@@ -122,7 +123,7 @@ def main(
         watch(trainer, samples, data_args.sample_steps)
 
         # Train
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        train(trainer, record, data_args.save_minutes)
 
         # Save
         if trainer.is_world_process_zero():

@@ -1,5 +1,6 @@
 """Files written whole or not at all, JSON lines, and where a result comes from. Standard library only."""
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -66,6 +67,13 @@ def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any
         if type(rows[-1]) is not dict:
             raise ValueError(f"{path}:{number} is not a JSON object: {line[:60]}")
     return rows
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or what may be used of it, is full."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(error)  # safetensors has an exception of its own
 
 
 def folder_hash(folder: str | Path) -> str:

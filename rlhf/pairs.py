@@ -36,6 +36,7 @@ from rlhf.model import add_score_head, load_base, load_tokenizer
 from rlhf.persona import with_persona
 from rlhf.record import RunError, launch, stage
 from rlhf.rewards import RewardFunction, check_reward_card, load_reward_function, reward_scores
+from rlhf.session import Pace, SessionEnded
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +235,10 @@ def _sample(
     model: PeftModel,
 ) -> None:
     """Go on with `rows`, part by part, each written as soon as it is there."""
+    pace = Pace()
     while len(rows) < len(prompts):
+        if pace.over():
+            raise SessionEnded(f"the session ends; {len(rows)} of {len(prompts)} {side} prompts have their replies")
         first = len(rows)
         part = prompts[first : first + PART]
         several = generate_several(

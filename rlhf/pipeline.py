@@ -1,15 +1,14 @@
 """`rlhf run`: the stages of a recipe in order, each skipped when its record says it is done."""
 
 import importlib
-import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,13 +16,15 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
 
 from evaluation.report import write_report
 from rlhf.check import FILES, preflight
+from rlhf.checkpoints import continue_from as take_over
+from rlhf.checkpoints import last_valid
 from rlhf.config import STAGES, ConfigError, did_you_mean, dumps, load_recipe, num_gpus, parse, values_of
 from rlhf.files import folder_hash
 from rlhf.record import RunError, base_hash, movable, read_record
+from rlhf.session import STATUS, SessionEnded, seconds_left, session
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ ANEW = "runs anew"  # begins the reason where what was there has to make room
 # Settings that cannot change what a stage makes.
 BOOKKEEPING = (
     "output_dir", "resume_from_checkpoint", "log_level", "report_to", "run_name", "disable_tqdm",
-    "max_skipped_steps", "logging_nan_inf_filter",
+    "max_skipped_steps", "logging_nan_inf_filter", "save_minutes",
 )  # fmt: skip
 
 
@@ -63,6 +64,8 @@ def run(
     until: str | None = None,
     output_dir: str | Path | None = None,
     say: Callable[[str], None] = print,
+    session_budget: str | None = None,
+    continue_from: str | Path | None = None,
     **overrides: Any,
 ) -> Path:
     """Run the stages of a recipe; what is done stays, what was interrupted goes on from its last checkpoint.
@@ -76,6 +79,9 @@ def run(
         until: Last stage to run.
         output_dir: In place of `runs/<recipe>`.
         say: Where the lines about the stages go.
+        session_budget: As "11h", "90m" or "3600s" from now: what is running then stops before, and is kept.
+        continue_from: Folder of a run of another session, which may be read-only: its state is taken into the run's
+            folder first.
         **overrides: `key=value` for every stage that knows the key, `"stage.key"=value` for one.
 
     Returns:
@@ -84,12 +90,22 @@ def run(
     Raises:
         ConfigError: with everything that is wrong in any stage, before the first one starts.
         RunError: if a stage cannot start or fails.
+        SessionEnded: when the budget is used up, with the command that goes on.
     """
     recipe = Path(recipe)
     root = Path(output_dir) if output_dir is not None else Path("runs") / recipe.resolve().name
     steps = plan(recipe, tiny, until, root, overrides)
-    for step in steps:
-        run_step(step, say)
+    try:
+        with session(session_budget):
+            if continue_from is not None:
+                taken = take_over(Path(continue_from), root)
+                say(f"{'continue':9} {root} {'is taken from' if taken else 'was taken already from'} {continue_from}")
+                _refuse_anew(steps, Path(continue_from))
+            for step in steps:
+                run_step(step, say)
+    except SessionEnded as ended:
+        command = _command(recipe, tiny, until, output_dir, session_budget, overrides)
+        raise SessionEnded(f"{ended}\n{_how_to_go_on(command, root)}") from ended
     if steps and steps[-1].stage == "evaluate":
         page = write_report([root], root / "report")
         say(f"report    {page}")
@@ -113,9 +129,16 @@ def run_step(step: Step, say: Callable[[str], None] = print) -> None:
         if step.stage in FILES:
             preflight(step.stage, step.configs)  # a stage that would be refused leaves the finished one in its place
         reason += _set_aside(step.folder)
+    if seconds_left() <= 0:
+        raise SessionEnded(f"{name:9} waits: the session ends")
     say(f"{name:9} {reason}")
-    _start(step, resume)
+    try:
+        _start(step, resume)
+    except SessionEnded as ended:  # of this process; one of another process stands in the record
+        raise SessionEnded(f"{name:9} {ended}") from ended
     record = read_record(step.folder)
+    if record is not None and record["status"] == STATUS:
+        raise SessionEnded(f"{name:9} {record['stopped']}")
     if record is None or record["status"] != "done":
         raise RunError(f"The stage {step.stage!r} did not finish; see {step.folder / 'training.log'}.")
     say(f"{name:9} finished in {record['wall_seconds']:.0f} s -> {step.folder}")
@@ -157,13 +180,7 @@ def plan(recipe: Path, tiny: bool, until: str | None, root: Path, overrides: Map
                 moved[key] = value
                 used.add(name)
         argv = [word for file in files for word in ("--config", str(file))]
-        for key, value in moved.items():
-            text = (
-                value
-                if isinstance(value, str)
-                else yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
-            )
-            argv += [f"--{key}={text.removesuffix(chr(10)).removesuffix('...').strip()}"]
+        argv += [f"--{key}={_as_word(value)}" for key, value in moved.items()]
         try:
             configs = parse(classes, argv, stage, before_prepare="prepare" in stages)
         except ConfigError as error:
@@ -185,6 +202,13 @@ def plan(recipe: Path, tiny: bool, until: str | None, root: Path, overrides: Map
         for step in steps
         if stages.index(step.stage) <= last and (step.stage != "pairs" or until == "pairs" or step.folder in read)
     ]
+
+
+def _as_word(value: Any) -> str:
+    """A value as the command line has it."""
+    if not isinstance(value, str):
+        value = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
+    return value.removesuffix("\n").removesuffix("...").strip()
 
 
 def config_classes(stage: str) -> tuple[type, ...]:
@@ -238,59 +262,67 @@ def _state(step: Step) -> tuple[str | None, str | None]:
         return None, None
     if record["status"] == "done":
         return f"{ANEW}: its files are not those it made", None
+    why = "the session before ended" if record["status"] == STATUS else "it was interrupted"
     if any(step.folder.glob("*/settings.json")):
-        return "goes on: it was interrupted, and finished systems and batches stay", None
+        return f"goes on: {why}, and finished systems and batches stay", None
+    if (step.folder / "sampling.json").is_file():
+        return f"goes on: {why}, and the replies that were sampled stay", None
     if (step.folder / "checkpoint.pt").is_file():
-        return "goes on from checkpoint.pt: it was interrupted", None
-    checkpoint, damaged = _last_whole_checkpoint(step.folder)
+        return f"goes on from checkpoint.pt: {why}", None
+    checkpoint, damaged = last_valid(step.folder)
     left_out = "".join(f"; {fault}, so it is left out" for fault in damaged)
     if checkpoint is None:
         what = "it has no whole checkpoint" if damaged else "it stopped before its first checkpoint"
         return f"runs again: {what} (status {record['status']!r}){left_out}", None
-    return f"goes on from {checkpoint.name}: it was interrupted{left_out}", str(checkpoint)
+    return f"goes on from {checkpoint.name}: {why}{left_out}", str(checkpoint)
 
 
-def _last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that the Trainer can go on from, and what is wrong with those after it.
+def _refuse_anew(steps: list[Step], source: Path) -> None:
+    """What was taken over is gone on with, and never silently made anew.
 
-    A process that is killed while it writes leaves a part of a checkpoint, and the Trainer would fail of it.
+    Raises:
+        RunError: naming what differs from the session before.
     """
-    damaged: list[str] = []
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        fault = _fault(checkpoint)
-        if fault is None:
-            return checkpoint, damaged
-        damaged.append(f"{checkpoint.name} {fault}")
-    return None, damaged
+    for step in steps:
+        step = replace(step, configs=parse(config_classes(step.stage), step.argv, step.stage))
+        reason, _ = _state(step)
+        if reason is None:
+            continue
+        if not reason.startswith(ANEW):
+            return  # it goes on, or begins; those after it are made from it
+        raise RunError(
+            f"`continue_from`: the stage {step.stage!r} of {source} cannot be gone on with: {reason.split(': ', 1)[1]}. "
+            "Give what the session before had, or leave --continue_from away: the stage then runs anew."
+        )
 
 
-def _fault(checkpoint: Path) -> str | None:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "has no trainer_state.json that can be read"
-    # DeepSpeed keeps the optimizer in a folder of its own, which it names in `latest`.
-    optimizer = () if (checkpoint / "latest").is_file() else ("optimizer.pt", "scheduler.pt")
-    for pattern in (*optimizer, "rng_state*.pth", "*model.safetensors", "*.safetensors"):
-        paths = list(checkpoint.glob(pattern))
-        if not paths:
-            return f"has no {pattern}"
-        for path in paths:
-            if not _is_whole(path):
-                return f"has a damaged {path.name}"
-    return None
+def _command(
+    recipe: Path,
+    tiny: bool,
+    until: str | None,
+    output_dir: str | Path | None,
+    budget: str | None,
+    overrides: Mapping[str, Any],
+) -> list[str]:
+    """The words of the command line that goes on."""
+    words = ["rlhf", "run", str(recipe), *(["--tiny"] if tiny else []), *(["--until", until] if until else [])]
+    words += ["--output_dir", str(output_dir)] if output_dir is not None else []
+    words += [word for name, value in overrides.items() for word in ("--set", f"{name}={_as_word(value)}")]
+    return words + (["--session_budget", budget] if budget else [])
 
 
-def _is_whole(path: Path) -> bool:
-    """By the end of the file, without loading it: torch writes zip archives, whose directory is at the end."""
-    if path.suffix != ".safetensors":
-        return zipfile.is_zipfile(path)
-    try:
-        with safe_open(path, "pt"):
-            return True
-    except SafetensorError:
-        return False
+def _how_to_go_on(command: list[str], root: Path) -> str:
+    told = f"To go on:\n    {shlex.join(command)}"
+    if "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
+        return told
+    # Kaggle keeps /kaggle/working as the version's output, which lies below /kaggle/input/<notebook> where it is added.
+    there = Path("/kaggle/input/NOTEBOOK") / os.path.relpath(root, "/kaggle/working")
+    return (
+        f"{told}\nin this session. In a new one: save the version (Save Version; in a commit it is saved by itself), "
+        "open the notebook again, add its output as an input (Add Input, Your Work), and run\n"
+        f"    {shlex.join([*command, '--continue_from', str(there)])}\n"
+        "with the name that the input has there in place of NOTEBOOK."
+    )
 
 
 def _changes(step: Step, record: Mapping[str, Any]) -> list[str]:

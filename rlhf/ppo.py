@@ -15,6 +15,7 @@ from trl import ModelConfig
 from rlhf.callbacks import watch
 from rlhf.chat import reply_ids
 from rlhf.check import preflight
+from rlhf.checkpoints import train
 from rlhf.config import DataConfig
 from rlhf.data.columns import load_rows, prompt_columns
 from rlhf.files import folder_hash
@@ -137,7 +138,7 @@ def main(
             trainer.add_callback(reward_watch)
 
         # Train
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        train(trainer, record, data_args.save_minutes)
 
         # Save
         if trainer.is_world_process_zero():

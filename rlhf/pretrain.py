@@ -29,6 +29,7 @@ from rlhf.data.columns import load_rows, sft_columns
 from rlhf.files import folder_hash, write_bytes, write_jsonl
 from rlhf.persona import with_persona
 from rlhf.record import RunError, launch, stage
+from rlhf.session import Pace, SessionEnded, now
 
 logger = logging.getLogger(__name__)
 
@@ -376,6 +377,7 @@ def _train(config: PretrainConfig) -> dict[str, Any]:
 
     heldout = heldout_batches(config, tokenizer)
     began = time.perf_counter() - seconds
+    pace = Pace()
     for step, (ids, mask) in enumerate(batches(config, tokenizer, first), start=first + 1):
         loss = loss_of(model, ids, mask)
         loss.backward()
@@ -395,7 +397,9 @@ def _train(config: PretrainConfig) -> dict[str, Any]:
             write_jsonl(folder / "metrics.jsonl", rows)
             if config.load_best_model_at_end and rows[-1]["eval_loss"] < best["eval_loss"]:
                 best = {**rows[-1], "model": {name: value.clone() for name, value in model.state_dict().items()}}
-        if step % config.save_steps == 0 and step < config.num_steps:
+        over = pace.over()
+        if (step % config.save_steps == 0 or over) and step < config.num_steps:
+            saving = now()
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -410,6 +414,9 @@ def _train(config: PretrainConfig) -> dict[str, Any]:
             buffer = io.BytesIO()
             torch.save(state, buffer)
             write_bytes(checkpoint, buffer.getvalue())
+            pace.save_seconds = now() - saving
+            if over:
+                raise SessionEnded(f"the session ends; it stopped at step {step} of {config.num_steps}, which is kept")
     if config.load_best_model_at_end:
         model.load_state_dict(best.pop("model"))
     model.save_pretrained(folder)

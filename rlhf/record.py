@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import string
 import sys
 import time
@@ -23,8 +24,9 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from rlhf.config import PATHS, STAGES, ConfigError, exit_with, parse, save, values_of
-from rlhf.files import folder_hash, git_commit, versions, write_json, write_text
+from rlhf.files import folder_hash, git_commit, is_disk_full, versions, write_json, write_text
 from rlhf.model import hardware
+from rlhf.session import STATUS, SessionEnded
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +109,11 @@ def stage(
             write_json(folder / "metadata.json", record)
         yield record
         record["status"] = "done"
+    except SessionEnded as ended:
+        record["status"] = STATUS
+        record["stopped"] = str(ended)
+        logger.info("%s", ended)
+        raise
     except BaseException as error:
         record["status"] = "failed"
         record["error"] = f"{type(error).__name__}: {error}"[:500]
@@ -115,6 +122,8 @@ def stage(
         handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, record["error"], (), trace))
         if trace:
             error.add_note(f"The traceback is in {folder / 'training.log'}.")
+        if is_disk_full(error):
+            raise RunError(_disk_full(folder)) from error
         raise
     finally:
         seconds = time.perf_counter() - began
@@ -128,12 +137,32 @@ def stage(
             "total": round(gpu_hours * rate_per_gpu_hour, 4),
         }
         if main:
-            write_json(folder / "metadata.json", record)
-            _without_machine_paths(folder)
-            if (folder / "adapter_config.json").is_file():
-                write_text(folder / "MODEL_CARD.md", model_card(record))
+            _close(folder, record)
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+def _close(folder: Path, record: Mapping[str, Any]) -> None:
+    try:
+        write_json(folder / "metadata.json", record)
+        without_machine_paths(folder)
+        if (folder / "adapter_config.json").is_file():
+            write_text(folder / "MODEL_CARD.md", model_card(record))
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        if record["status"] == "done":
+            raise RunError(_disk_full(folder)) from error
+        logger.error(
+            "The disk is full, so that the record says no more than that the stage began."
+        )  # beside the cause
+
+
+def _disk_full(folder: Path) -> str:
+    return (
+        f"`output_dir`: the disk of {folder} is full: {shutil.disk_usage(folder).free:,} bytes are free. Make room there "
+        "(older runs, *.previous), and run the same command again: it goes on from what was whole."
+    )
 
 
 def launch(
@@ -141,7 +170,10 @@ def launch(
 ) -> None:
     """Run a script: parse the command line, call `main`; an error ends in a message, as [`exit_or_raise`] has it."""
     try:
-        main(*parse(config_classes, argv, stage_name))
+        with contextlib.suppress(
+            SessionEnded
+        ):  # told by the log and the record; not a failure, for which ranks are killed
+            main(*parse(config_classes, argv, stage_name))
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the outermost call; what it cannot tell it raises
         exit_or_raise(error)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -332,7 +364,7 @@ def base_of(record: Mapping[str, Any], folder: Path, base: str | None = None) ->
     return base
 
 
-def _without_machine_paths(folder: Path) -> None:
+def without_machine_paths(folder: Path) -> None:
     """PEFT and TRL write the base's path on this machine beside each adapter, and a card that says nothing true.
 
     The base is named by its path from the current directory, as other programs read it.

@@ -14,6 +14,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rlhf.callbacks import watch
 from rlhf.check import preflight
+from rlhf.checkpoints import train
 from rlhf.config import DataConfig, PairConfig
 from rlhf.data.columns import load_rows, reward_columns, swap_labels
 from rlhf.files import folder_hash, write_json
@@ -135,7 +136,7 @@ def main(data_args: DataConfig, pair_args: PairConfig, training_args: RewardConf
         watch(trainer, samples, data_args.sample_steps)
 
         # Train
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        train(trainer, record, data_args.save_minutes)
         metrics = trainer.evaluate()
 
         # Save

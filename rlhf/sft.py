@@ -14,6 +14,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from rlhf.callbacks import watch
 from rlhf.check import preflight
+from rlhf.checkpoints import train
 from rlhf.config import DataConfig, PlanConfig, plan_of
 from rlhf.data.columns import load_rows, sft_columns
 from rlhf.files import folder_hash
@@ -95,7 +96,7 @@ def main(data_args: DataConfig, plan_args: PlanConfig, training_args: SFTConfig,
         watch(trainer, samples, data_args.sample_steps)
 
         # Train
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        train(trainer, record, data_args.save_minutes)
 
         # Save
         if trainer.is_world_process_zero():

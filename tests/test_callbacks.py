@@ -119,7 +119,8 @@ def test_rows_beyond_the_checkpoint_are_dropped(step, kept, tmp_path):
     for name in ("metrics.jsonl", "samples.jsonl"):
         write_jsonl(tmp_path / name, [{"step": number} for number in (1, 2, 3)])
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    state = TrainerState(global_step=step, is_world_process_zero=True)
+    history = [{"step": number} for number in range(1, step + 1)]
+    state = TrainerState(global_step=step, log_history=history, is_world_process_zero=True)
     MetricsFile().on_train_begin(args, state, TrainerControl())
     Samples(lambda: [{"messages": [], "response": "new"}], every=10).on_train_begin(args, state, TrainerControl())
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == kept
@@ -343,3 +344,12 @@ def test_half_a_line_that_a_kill_left_is_dropped(tmp_path):
     path.write_bytes(b'{"step": 2, "a": "\xc3\xa9"}\n{"step": 4}\n{"step": 6}\n{"step": 4, "respo')
     _rewind(path, 4)
     assert read_jsonl(path) == [{"step": 2, "a": "é"}, {"step": 4}]
+
+
+def test_what_was_logged_behind_the_last_checkpoint_at_its_step_is_dropped(tmp_path):
+    rows = [{"step": 2, "loss": 1.0}, {"step": 4, "loss": 0.5}, {"step": 4, "train_runtime": 9.0}]
+    write_jsonl(tmp_path / "metrics.jsonl", rows)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    state = TrainerState(global_step=4, log_history=rows[:2], is_world_process_zero=True)
+    MetricsFile().on_train_begin(args, state, TrainerControl())
+    assert read_jsonl(tmp_path / "metrics.jsonl") == rows[:2]

@@ -29,6 +29,7 @@ EVALUATION_MAY = {
         # one record format, and one way to write a file and to say what made it
         "files",
         "record",
+        "session",  # how long it lasts: a batch is the place to stop at
         "data.split",  # which personas are one character
         "facts",  # what a persona sentence says
     )

@@ -25,10 +25,10 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerState
 
 from rlhf.callbacks import MetricsFile
+from rlhf.checkpoints import Checkpoints, last_valid
 from rlhf.config import ConfigError
 from rlhf.files import read_jsonl
 from rlhf.lora import role_hash, with_adapter
-from rlhf.pipeline import _last_whole_checkpoint
 from rlhf.ppo_trainer import VALUE_ADAPTER_FILE, VALUE_HEAD_FILE, PPOConfig, PPOTrainer
 from rlhf.record import read_record
 from rlhf.reward_watch import RewardWatch
@@ -71,6 +71,7 @@ def trainer_in(folder, folders, value_model="head", resume=None, **args):
     trainer = make(folders, folder, value_model, **args)
     trainer.add_callback(MetricsFile())
     trainer.add_callback(RewardWatch(trainer, Weights(), every=4))
+    trainer.add_callback(Checkpoints(trainer, {}, save_minutes=None))
     return trainer
 
 
@@ -263,7 +264,7 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_none(what, whole, folders
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, kill)
         train(folder, folders, resume=folder / "checkpoint-12")
-    checkpoint, damaged = _last_whole_checkpoint(folder)
+    checkpoint, damaged = last_valid(folder)
     assert checkpoint.name == "checkpoint-12" and damaged[0].startswith("checkpoint-16 ")
     with pytest.raises(ValueError, match="checkpoint-16 is not whole.*Name the checkpoint before"):
         train(folder, folders, resume=folder / "checkpoint-16")
@@ -359,7 +360,7 @@ def script(folder, program, folders, keys, kill=None):
 
     `kill` is how many steps of the process are waited for and how many seconds more, before it is killed with all ranks.
     """
-    checkpoint, damaged = _last_whole_checkpoint(folder)
+    checkpoint, damaged = last_valid(folder)
     values = {**keys, "output_dir": str(folder), "model_name_or_path": folders["base"], "dataset": folders["data"]}
     values |= {"sft_adapter": folders["sft"], "reward_adapter": folders["reward"]}
     folder.mkdir(exist_ok=True)
