@@ -1,7 +1,9 @@
 """`rlhf run`: what is planned, skipped, made anew, gone on with, and refused before anything starts."""
 
 import json
+import os
 import random
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,11 +15,14 @@ from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 import rlhf
-from rlhf import pipeline
+from rlhf import checkpoints, pipeline, session
+from rlhf.cli import main
 from rlhf.config import ConfigError, parse, values_of
 from rlhf.files import read_jsonl, write_json, write_jsonl
 from rlhf.pipeline import config_classes, plan
 from rlhf.record import RunError, read_record
+from rlhf.sft import PersonaSFTTrainer
+from rlhf.sft import main as train_sft
 
 ROOT = Path(__file__).parents[1]
 SHARED = {"seed": 3, "lora_r": 4, "lora_alpha": 8}
@@ -367,7 +372,7 @@ def interrupted_sft(go, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "fault"),
     [
-        (emptied, "has no trainer_state.json that can be read"),
+        (emptied, "has a damaged trainer_state.json"),
         (without_optimizer, "has no optimizer.pt"),
         (cut("optimizer.pt"), "has a damaged optimizer.pt"),
         (cut("adapter_model.safetensors"), "has a damaged adapter_model.safetensors"),
@@ -392,10 +397,100 @@ def test_only_torn_checkpoints(interrupted_sft, go):
         emptied(checkpoint)
     said = go(until="sft")["sft"]
     assert said.startswith(
-        "runs again: it has no whole checkpoint (status 'running'); checkpoint-4 has no trainer_state"
+        "runs again: it has no whole checkpoint (status 'running'); checkpoint-4 has a damaged trainer_state"
     )
-    assert "checkpoint-2 has no trainer_state.json that can be read, so it is left out" in said
+    assert "checkpoint-2 has a damaged trainer_state.json, so it is left out" in said
     assert weights(sft) == whole and read_record(sft)["status"] == "done"
+
+
+# Sessions
+
+
+@pytest.fixture
+def slow_sft(monkeypatch):
+    """A step of SFT is 1000 s on the session's clock, everything else takes none."""
+    time = [0.0]
+    for module in (session, checkpoints):
+        monkeypatch.setattr(module, "now", lambda: time[0])
+    own = PersonaSFTTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        time[0] += 1000
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(PersonaSFTTrainer, "training_step", step)
+    return time
+
+
+def test_a_session_that_ends_within_sft_goes_on_in_another(recipe, slow_sft, tmp_path, monkeypatch, capsys):
+    """An hour is three steps of four; the run is taken from a read-only folder, and goes on in place too."""
+    rlhf.run(recipe, until="sft", output_dir=tmp_path / "whole", say=print)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    words = ["run", str(recipe), "--until", "sft", "--output_dir", str(tmp_path / "run"), "--set", "sft.seed=3"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--session_budget", "60m"])
+    assert ended.value.code == 75
+    said = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "sft       the session ends; it stopped at step 3 of 4, and checkpoint-3 is kept" in said
+    commands = [shlex.split(line) for line in said if line.startswith("rlhf run")]
+    assert commands[0] == ["rlhf", *words, "--session_budget", "60m"]
+    assert commands[1][:-1] == [*commands[0], "--continue_from"] and "add its output as an input" in " ".join(said)
+    assert commands[1][-1] == "/kaggle/input/NOTEBOOK/" + os.path.relpath(tmp_path / "run", "/kaggle/working")
+    sft = tmp_path / "run" / "sft"
+    assert read_record(sft)["status"] == "stopped" and "RLHF_SESSION_ENDS" not in os.environ
+    with pytest.raises(RunError, match="'sft'.* is not finished .status 'stopped'"):
+        rlhf.run(recipe, output_dir=tmp_path / "other", **{"sft.dataset": str(tmp_path / "run" / "prepare"),
+                                                           "dpo.sft_adapter": str(sft), "until": "dpo"})  # fmt: skip
+
+    saved = shutil.copytree(tmp_path / "run", tmp_path / "input" / "small")
+    for path in [saved, *saved.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = {path: path.stat().st_mtime_ns for path in saved.rglob("*")}
+    slow_sft[0] = 1e6
+    main(commands[0][1:])
+    assert "goes on from checkpoint-3: the session before ended" in capsys.readouterr().out
+    assert weights(sft) == weights(tmp_path / "whole" / "sft")
+
+    shutil.rmtree(tmp_path / "run")
+    slow_sft[0] = 2e6
+    main([*commands[0][1:], "--continue_from", str(saved)])
+    said = capsys.readouterr().out
+    assert f"continue  {tmp_path / 'run'} is taken from {saved}" in said and "prepare   done" in said
+    assert weights(sft) == weights(tmp_path / "whole" / "sft")
+    rows = [
+        [row for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
+        for folder in (sft, tmp_path / "whole" / "sft")
+    ]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [1, 2, 3, 4]
+    assert {path: path.stat().st_mtime_ns for path in saved.rglob("*")} == before
+    main([*words, "--continue_from", str(saved)])  # the same command again
+    assert "was taken already from" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(RunError, match="'sft' of .* cannot be gone on with: its settings changed .sft.seed: 3 -> 4"):
+        rlhf.run(recipe, until="sft", output_dir=tmp_path / "run", continue_from=saved, **{"sft.seed": 4})
+
+
+def test_no_stage_begins_when_the_session_is_over(recipe, slow_sft, tmp_path):
+    """Five hours: SFT takes 4000 s, and is over before the clock jumps."""
+
+    def say(line):
+        if line.startswith("sft       finished"):
+            slow_sft[0] += 10**5
+
+    with pytest.raises(session.SessionEnded, match="reward    waits: the session ends\nTo go on:\n    rlhf run"):
+        rlhf.run(recipe, output_dir=tmp_path / "run", say=say, session_budget="5h", until="reward")
+    assert read_record(tmp_path / "run" / "sft")["status"] == "done" and not (tmp_path / "run" / "reward").exists()
+
+
+@pytest.mark.parametrize("budget", ["11", "h", "0h", "-1h", "1d", "1 h 2m", "nanh"])
+def test_a_budget_without_a_unit_is_refused(budget, recipe, tmp_path):
+    with pytest.raises(ConfigError, match="`session_budget`: .*write a number with its unit, as 11h, 90m or 3600s"):
+        rlhf.run(recipe, output_dir=tmp_path / "run", session_budget=budget)
+    assert not (tmp_path / "run").exists()
+
+
+# What is made anew
 
 
 def test_a_damaged_stage_is_made_anew(go, tmp_path):
@@ -416,16 +511,12 @@ def test_another_base_at_the_same_path_makes_the_stage_anew(go, tmp_path):
 
 def test_missing_parent_names_the_command(recipe, tmp_path):
     """A stage alone, as its script is started."""
-    from rlhf.sft import main
-
     (step,) = [s for s in plan(recipe, False, None, tmp_path / "run", {}) if s.stage == "sft"]
     with pytest.raises(RunError, match=r"'prepare' is needed.*rlhf run recipes/<name> --until prepare"):
-        main(*parse(config_classes("sft"), step.argv, "sft"))
+        train_sft(*parse(config_classes("sft"), step.argv, "sft"))
 
 
 def test_python_and_command_line_are_one(recipe, tmp_path):
-    from rlhf.cli import main
-
     rlhf.run(recipe, True, "sft", tmp_path / "a", print, **{"sft.learning_rate": 2e-2, "lora_r": 8})
     main(["run", str(recipe), "--tiny", "--until", "sft", "--output_dir", str(tmp_path / "b"),
           "--set", "sft.learning_rate=2e-2", "--set", "lora_r=8"])  # fmt: skip
