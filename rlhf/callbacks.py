@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf.files import read_jsonl, write_jsonl
+from rlhf.files import read_jsonl, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -254,8 +254,7 @@ def _rewind(path: Path, step: int, number: int | None = None) -> None:
     Half a line, which a kill may leave, goes too.
     """
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() and step else []
-    rows = [json.loads(line) for line in lines]
-    write_jsonl(path, (row for row in rows[:number] if row["step"] <= step))
+    write_bytes(path, b"".join(line + b"\n" for line in lines[:number] if json.loads(line)["step"] <= step))
 
 
 def _is_number(value: Any) -> bool:

@@ -4,15 +4,19 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
+from rlhf.checkpoints import MANIFEST, last_valid
 from rlhf.record import read_record
+from rlhf.session import ENDS
 
 ROOT = Path(__file__).parents[1]
 KEYS = {
@@ -127,10 +131,14 @@ def test_a_rank_without_the_others_is_refused(launch):
     assert "error: the configuration has 1 problem" in said and "MASTER_ADDR" in said and not folder.exists()
 
 
-@slow
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_deepspeed_zero_2(stage, launch, tmp_path, extensions):
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+
+
+@pytest.fixture
+def zero_2(tmp_path, extensions):
+    """The launch of two ranks under ZeRO-2: its file and its environment."""
     config = {
         "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "use_cpu": True, "num_machines": 1,
         "num_processes": 2, "machine_rank": 0, "mixed_precision": "no", "main_training_function": "main",
@@ -138,6 +146,35 @@ def test_deepspeed_zero_2(stage, launch, tmp_path, extensions):
                              "offload_param_device": "none", "zero3_init_flag": False},
     }  # fmt: skip
     (tmp_path / "two_zero2.yaml").write_text(yaml.safe_dump(config))
-    env = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(extensions)}
-    folder, _ = launch(stage, tmp_path / "two_zero2.yaml", env=env)
+    return tmp_path / "two_zero2.yaml", {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(extensions)}
+
+
+@slow
+@needs_deepspeed
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_deepspeed_zero_2(stage, launch, zero_2):
+    folder, _ = launch(stage, zero_2[0], env=zero_2[1])
     check_two_ranks(folder)
+
+
+@slow
+@pytest.mark.parametrize("kind", ["two_t4", pytest.param("zero_2", marks=needs_deepspeed)])
+def test_ranks_stop_together_when_the_session_ends(kind, request, launch):
+    """The first step is the last one of a session that is over; each rank's files are in the manifest, and it goes on."""
+    file, env = (
+        request.getfixturevalue("zero_2") if kind == "zero_2" else (ROOT / "accelerate_configs/two_t4.yaml", {})
+    )
+    folder, _ = launch("sft", file, env=env)
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    launch("sft", file, env={**env, ENDS: str(time.time())})
+    assert read_record(folder)["status"] == "stopped" and not (folder / "adapter_model.safetensors").exists()
+    checkpoint, damaged = last_valid(folder)
+    assert checkpoint.name == "checkpoint-1" and not damaged
+    files = json.loads((checkpoint / MANIFEST).read_text())["files"].keys()
+    assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= files
+    shards = [name for name in files if name.startswith("global_step1/")]
+    assert len([name for name in shards if "optim_states" in name]) == (2 if kind == "zero_2" else 0)
+    launch("sft", file, env=env, resume_from_checkpoint=str(checkpoint))
+    check_two_ranks(folder)
+    assert (folder / "adapter_model.safetensors").read_bytes() == whole

@@ -97,8 +97,8 @@ def test_a_base_stops_behind_a_checkpoint(clock, monkeypatch, tmp_path):
     settings = {**TINY, "num_steps": 6, "short_steps": 3, "eval_steps": 3, "save_steps": 100}
     pretrain.train(PretrainConfig(str(tmp_path / "whole"), **settings))
 
-    def factor(step, config):  # asked for once at the start, and once a step
-        clock[0] += 10
+    def factor(step, config):  # asked for at the start and in each step, for two groups of parameters
+        clock[0] += 5
         return learning_rate_factor(step, config)
 
     monkeypatch.setattr(pretrain, "learning_rate_factor", factor)
