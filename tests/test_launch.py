@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from rlhf.record import read_record
 from rlhf.session import ENDS
 
 ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "accelerate_configs"
 KEYS = {
     "use_cpu": True, "seed": 3, "max_length": 256, "lora_r": 4, "max_steps": 4, "learning_rate": 1e-2,
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 2,
@@ -30,11 +32,39 @@ ENV = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM"
 slow = pytest.mark.slow
 
 
+def accelerate(config_file, *arguments):
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file), *arguments]
+
+
+def finish(commands, cwd, env, status=0):
+    """Run the commands side by side to their ends; what each wrote to stderr."""
+    processes = [
+        subprocess.Popen(
+            command, cwd=cwd, env={**os.environ, **ENV, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        for command in commands
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=600)[1] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                # The ranks too, which would wait for ever; they are in sessions of their own.
+                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    each.kill()
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == status, text[-3000:]
+    return said
+
+
 @pytest.fixture
 def launch(request, tiny_llama, dataset, tmp_path):
-    """Start a script through accelerate, in a folder that is not the repository's; its output folder and stderr."""
+    """Start a script through accelerate, in a folder that is not the repository's; its output folder and stderr.
 
-    def start(stage, config_file, env=None, status=0, **keys):
+    `agents` are the further arguments of each agent, of which there are two where there are two nodes.
+    """
+
+    def start(stage, config_file, env=None, status=0, agents=((),), **keys):
         values = {
             **KEYS,
             "model_name_or_path": str(tiny_llama),
@@ -47,22 +77,12 @@ def launch(request, tiny_llama, dataset, tmp_path):
         if stage in ("dpo", "ppo"):
             values["sft_adapter"] = str(request.getfixturevalue("sft_run").folder)
         (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump({**values, **keys}))
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
-        command += ["--main_process_port", "0"] if "two" in str(config_file) else []
-        command += [str(ROOT / "rlhf" / f"{stage}.py"), "--config", f"{stage}.yaml"]
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env={**os.environ, **ENV, **(env or {})}, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        try:
-            _, said = process.communicate(timeout=600)
-        finally:
-            if process.poll() is None:
-                # The ranks too, which would wait for ever; they are in sessions of their own.
-                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-                    each.kill()
-        assert process.returncode == status, said[-3000:]
-        return tmp_path / "runs" / stage, said
+        if "two_t4" in config_file.name:
+            agents = [("--main_process_port", "0")]
+        script = [str(ROOT / "rlhf" / f"{stage}.py"), "--config", f"{stage}.yaml"]
+        commands = [accelerate(config_file, *arguments, *script) for arguments in agents]
+        said = finish(commands, tmp_path, env or {}, status)
+        return tmp_path / "runs" / stage, "".join(said)
 
     return start
 
@@ -89,7 +109,7 @@ def check_two_ranks(folder):
 @pytest.mark.parametrize("stage", ["sft", pytest.param("reward", marks=slow), pytest.param("dpo", marks=slow), "ppo"])
 def test_two_ranks(stage, launch):
     """two_t4.yaml on the CPU: MULTI_CPU would start one process, silently."""
-    folder, _ = launch(stage, ROOT / "accelerate_configs" / "two_t4.yaml")
+    folder, _ = launch(stage, CONFIGS / "two_t4.yaml")
     rows = check_two_ranks(folder)
     if stage == "ppo":
         # 2 episodes x 2 micro-batches x 2 ranks a rollout; 16 episodes
@@ -116,7 +136,7 @@ def test_a_failure_in_mid_training_is_a_message(tiny_llama, dataset, tmp_path):
 
 @slow
 def test_one_process(launch):
-    folder, _ = launch("sft", ROOT / "accelerate_configs" / "cpu.yaml")
+    folder, _ = launch("sft", CONFIGS / "cpu.yaml")
     assert read_record(folder)["hardware"]["processes"] == 1
     assert all(len(ranks) == 1 for ranks in hashes(folder))
 
@@ -127,7 +147,7 @@ def test_a_rank_without_the_others_is_refused(launch):
 
     Where each of several ranks believes to be alone, `rlhf.record.check_world_size` refuses (test_record.py).
     """
-    folder, said = launch("sft", ROOT / "accelerate_configs" / "cpu.yaml", env={"WORLD_SIZE": "2"}, status=1)
+    folder, said = launch("sft", CONFIGS / "cpu.yaml", env={"WORLD_SIZE": "2"}, status=1)
     assert "error: the configuration has 1 problem" in said and "MASTER_ADDR" in said and not folder.exists()
 
 
@@ -136,34 +156,32 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def zero_2(tmp_path, extensions):
-    """The launch of two ranks under ZeRO-2: its file and its environment."""
-    config = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "use_cpu": True, "num_machines": 1,
-        "num_processes": 2, "machine_rank": 0, "mixed_precision": "no", "main_training_function": "main",
-        "deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": 2, "offload_optimizer_device": "none",
-                             "offload_param_device": "none", "zero3_init_flag": False},
-    }  # fmt: skip
-    (tmp_path / "two_zero2.yaml").write_text(yaml.safe_dump(config))
-    return tmp_path / "two_zero2.yaml", {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(extensions)}
+@slow
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_two_nodes(stage, launch):
+    """Two agents on this machine, each with its own rank, meet at an address and a port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    agents = [("--machine_rank", rank, "--main_process_port", port) for rank in ("0", "1")]
+    folder, _ = launch(stage, CONFIGS / "two_nodes.yaml", agents=agents)
+    check_two_ranks(folder)
 
 
 @slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_deepspeed_zero_2(stage, launch, zero_2):
-    folder, _ = launch(stage, zero_2[0], env=zero_2[1])
+def test_deepspeed_zero_2(stage, launch, extensions):
+    env = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(extensions)}
+    folder, _ = launch(stage, CONFIGS / "two_t4_zero2.yaml", env=env)
     check_two_ranks(folder)
 
 
 @slow
-@pytest.mark.parametrize("kind", ["two_t4", pytest.param("zero_2", marks=needs_deepspeed)])
-def test_ranks_stop_together_when_the_session_ends(kind, request, launch):
+@pytest.mark.parametrize("kind", ["two_t4", pytest.param("two_t4_zero2", marks=needs_deepspeed)])
+def test_ranks_stop_together_when_the_session_ends(kind, launch, extensions):
     """The first step is the last one of a session that is over; each rank's files are in the manifest, and it goes on."""
-    file, env = (
-        request.getfixturevalue("zero_2") if kind == "zero_2" else (ROOT / "accelerate_configs/two_t4.yaml", {})
-    )
+    file, env = CONFIGS / f"{kind}.yaml", {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(extensions)}
     folder, _ = launch("sft", file, env=env)
     whole = (folder / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(folder)
@@ -174,7 +192,7 @@ def test_ranks_stop_together_when_the_session_ends(kind, request, launch):
     files = json.loads((checkpoint / MANIFEST).read_text())["files"].keys()
     assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= files
     shards = [name for name in files if name.startswith("global_step1/")]
-    assert len([name for name in shards if "optim_states" in name]) == (2 if kind == "zero_2" else 0)
+    assert len([name for name in shards if "optim_states" in name]) == (2 if kind == "two_t4_zero2" else 0)
     launch("sft", file, env=env, resume_from_checkpoint=str(checkpoint))
     check_two_ranks(folder)
     assert (folder / "adapter_model.safetensors").read_bytes() == whole

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.ppo_ranks import make, on_recorded, trained
@@ -131,13 +130,6 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_both(ranks):
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_it_is_skipped_under_zero_2_too(folders, recorded, tmp_path, extensions):
     """DeepSpeed steps within its backward pass, where the guard speaks through its check for overflows."""
-    config = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "use_cpu": True, "num_machines": 1,
-        "num_processes": 2, "machine_rank": 0, "mixed_precision": "no", "main_training_function": "main",
-        "deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": 2, "offload_optimizer_device": "none",
-                             "offload_param_device": "none", "zero3_init_flag": False},
-    }  # fmt: skip
-    (tmp_path / "two_zero2.yaml").write_text(yaml.safe_dump(config))
     env = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(extensions)}
-    reports = launch(tmp_path, folders, recorded, tmp_path / "two_zero2.yaml", env)
+    reports = launch(tmp_path, folders, recorded, ROOT / "accelerate_configs" / "two_t4_zero2.yaml", env)
     check_skipped(tmp_path, reports)
