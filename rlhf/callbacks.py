@@ -201,11 +201,16 @@ def _markdown(cell: Any) -> str:
 
 
 class PrecisionGuard(TrainerCallback):
-    """Refuse to train parameters in half precision: the fp16 gradient scaler cannot, and bf16 loses small updates."""
+    """Refuse to train parameters in half precision: the fp16 gradient scaler cannot, and bf16 loses small updates.
+
+    DeepSpeed casts them itself: its optimizer has float32 copies, and scales the loss.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
     ) -> None:
+        if args.deepspeed_plugin is not None:
+            return
         wrong = {
             f"{name} ({parameter.dtype})"
             for name, parameter in model.named_parameters()

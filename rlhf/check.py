@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from rlhf.chat import Message, neutralise, render, render_within, stop_token_id
 from rlhf.config import plan_of, values_of
 from rlhf.data.columns import length_remedy, load_rows, preference_columns, prompt_columns, sft_columns
+from rlhf.doctor import Finding, Status
 from rlhf.facts import lemmas
 from rlhf.model import load_tokenizer, precision
 from rlhf.persona import with_persona
@@ -483,6 +484,21 @@ def show_recipe(stages: Mapping[str, Sequence[Any]], console: Console | None = N
         line = (f"FAIL {stage}: {', '.join(names)}", "red") if names else (f"pass {stage}", "green")
         console.print(Text(*line))
     return failed
+
+
+def as_findings(stages: Mapping[str, Sequence[Any]]) -> list[Finding]:
+    """The pre-flight lists of a recipe's training stages, for programs: "warn" where an item fails and does not block.
+
+    An item's detail ends with what to do about it.
+    """
+    findings: list[Finding] = []
+    unmade: list[str] = []
+    for stage, configs in stages.items():
+        for item in examine(stage, configs, unmade).items:
+            status: Status = "ok" if item.passed else "fail" if item.blocks else "warn"
+            findings.append(Finding(f"{stage}: {item.name}", status, item.detail))
+        unmade.append(values_of(configs)["output_dir"])
+    return findings
 
 
 def _shown_dialogue(stage: str, example: Example, tokenizer: PreTrainedTokenizerBase) -> Group:

@@ -1,8 +1,10 @@
 """The command `rlhf`."""
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +48,15 @@ def make_parser() -> argparse.ArgumentParser:
     chat.add_argument("--max_new_tokens", type=int, default=64)
     chat.set_defaults(command=_chat)
 
-    check = commands.add_parser("check", help="show what a training stage would train on, and what is wrong with it")
+    check = commands.add_parser("check", help="what is wrong with this machine, and with what a stage would train on")
     check.add_argument(
-        "recipe", type=Path, metavar="RECIPE|STAGE.yaml", help="recipes/demo, or a stage of it: recipes/demo/sft.yaml"
+        "recipe",
+        type=Path,
+        nargs="?",
+        metavar="RECIPE|STAGE.yaml",
+        help="recipes/demo, or a stage of it: recipes/demo/sft.yaml; the machine alone without it",
     )
+    check.add_argument("--json", action="store_true", help="the findings as JSON: name, status, found, remedy")
     check.add_argument(
         "overrides",
         nargs=argparse.REMAINDER,
@@ -90,22 +97,46 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from rlhf.check import FILES, show, show_recipe
+    from rlhf import doctor  # first, and without the stack, which does not import on some machines that it knows
+
+    as_json = arguments.json or "--json" in arguments.overrides
+    words = [word for word in arguments.overrides if word != "--json"]
+    findings = doctor.examine()
+    if not as_json:
+        doctor.show(findings, problems_alone=arguments.recipe is not None)
+    failed = any(finding.status == "fail" for finding in findings)
+    if arguments.recipe is not None:
+        from rlhf.check import as_findings, show, show_recipe
+
+        stages = _stages(arguments.recipe, words)
+        if as_json:
+            of_stages = as_findings(stages)
+            findings += of_stages
+            failed |= any(finding.status != "ok" for finding in of_stages)
+        elif arguments.recipe.suffix == ".yaml":
+            ((stage, configs),) = stages.items()
+            failed |= bool(show(stage, configs))
+        else:
+            failed |= any(show_recipe(stages).values())
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    if failed:
+        raise SystemExit(1)
+
+
+def _stages(recipe: Path, words: Sequence[str]) -> dict[str, Any]:
+    """The configurations of a recipe's training stages, or of the one whose file was named."""
+    from rlhf.check import FILES
     from rlhf.pipeline import config_classes, plan
 
-    recipe, words = arguments.recipe, arguments.overrides
     if recipe.suffix != ".yaml":
         keys = _keys([word for word in words if word != "--tiny"])
         root = Path(keys.pop("output_dir", Path("runs") / recipe.resolve().name))
         steps = plan(recipe, "--tiny" in words, None, root, keys)
-        failed = any(show_recipe({step.stage: step.configs for step in steps if step.stage in FILES}).values())
-    elif recipe.stem in FILES:
-        configs = parse(config_classes(recipe.stem), ["--config", str(recipe), *words], recipe.stem)
-        failed = bool(show(recipe.stem, configs))
-    else:
+        return {step.stage: step.configs for step in steps if step.stage in FILES}
+    if recipe.stem not in FILES:
         raise ConfigError([f"`{recipe}`: is the file of no training stage; there are {', '.join(FILES)} .yaml"])
-    if failed:
-        raise SystemExit(1)
+    return {recipe.stem: parse(config_classes(recipe.stem), ["--config", str(recipe), *words], recipe.stem)}
 
 
 def _keys(words: Sequence[str]) -> dict[str, Any]:

@@ -6,8 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,6 +16,7 @@ import torch
 import yaml
 
 from evaluation.report import write_report
+from rlhf import launching
 from rlhf.check import FILES, preflight
 from rlhf.checkpoints import continue_from as take_over
 from rlhf.checkpoints import last_valid
@@ -120,7 +119,8 @@ def run_step(step: Step, say: Callable[[str], None] = print) -> None:
     """
     name = step.folder.name
     # Again: a plan by size goes by rows that an earlier stage may have made since the steps were planned.
-    step = replace(step, configs=parse(config_classes(step.stage), step.argv, step.stage))
+    with launching.no_cuda_context():
+        step = replace(step, configs=parse(config_classes(step.stage), step.argv, step.stage))
     reason, resume = _state(step)
     if reason is None:
         say(f"{name:9} done: {step.folder} is from these settings and inputs")
@@ -182,7 +182,8 @@ def plan(recipe: Path, tiny: bool, until: str | None, root: Path, overrides: Map
         argv = [word for file in files for word in ("--config", str(file))]
         argv += [f"--{key}={_as_word(value)}" for key, value in moved.items()]
         try:
-            configs = parse(classes, argv, stage, before_prepare="prepare" in stages)
+            with launching.no_cuda_context():
+                configs = parse(classes, argv, stage, before_prepare="prepare" in stages)
         except ConfigError as error:
             problems += [f"{stage}: {problem}" for problem in error.problems]
             continue
@@ -358,18 +359,18 @@ def _set_aside(folder: Path) -> str:
 
 def _start(step: Step, resume: str | None) -> None:
     argv = [*step.argv, *([f"--resume_from_checkpoint={resume}"] if resume else [])]
-    gpus = num_gpus(values_of(step.configs))
-    single = step.stage in ("prepare", "base", "pairs") or (step.stage == "evaluate" and gpus == 1)
-    if single or not torch.cuda.is_available():
+    if step.stage == "prepare" or not torch.cuda.is_available():
         module = importlib.import_module(MODULES[step.stage])
         module.main(*parse(config_classes(step.stage), argv, step.stage))
         return
+    # What loads a model never shares this process: its memory on a card would be missing in the next stage.
+    gpus = 1 if step.stage in ("base", "pairs") else num_gpus(values_of(step.configs))
     script = [importlib.import_module(MODULES[step.stage]).__file__ or ""]
     if step.stage == "evaluate":
-        script = ["--module", "evaluation", "run"]
-    kind = ["--multi_gpu"] if gpus > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *kind, "--num_processes", str(gpus)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *script, *argv]
-    logger.info("%s", " ".join(command))
-    if subprocess.run(command, check=False).returncode:
+        script = ["-m", "evaluation", "run"]
+    try:
+        status = launching.start([*script, *argv], gpus)
+    except launching.LaunchError as error:
+        raise RunError(f"The stage {step.stage!r} was not started. {error}") from error
+    if status:
         raise RunError(f"The stage {step.stage!r} failed; see {step.folder / 'training.log'}.")

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import resource
+import shlex
 import shutil
 import string
 import sys
@@ -194,12 +195,17 @@ def exit_or_raise(error: BaseException) -> NoReturn:
 
 
 def check_world_size(args: TrainingArguments) -> None:
-    """Refuse a launch in which several processes were started that do not know of each other.
+    """Refuse a launch that is not what it seems.
 
-    Each would train a model of its own and overwrite the others' files.
+    Several processes that do not know of each other would each train a model of its own and overwrite the others'
+    files. One process on several GPUs would be split by `nn.DataParallel`, whose losses are wrong
+    (https://github.com/huggingface/transformers/issues/40799), and which TRL refuses once the base is loaded.
+    Under ZeRO-3 a rank holds a part of each weight, and all must compute what one does: the first rank, which samples
+    replies and saves, would wait for ever or save nothing (https://github.com/microsoft/DeepSpeed/issues/3620).
 
     Raises:
-        RunError: if WORLD_SIZE, as the launcher set it, is not the world size that the trainer will use.
+        RunError: if WORLD_SIZE, as the launcher set it, is not the world size that the trainer will use; if one
+            process sees several GPUs; if DeepSpeed shards the weights.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
@@ -207,6 +213,20 @@ def check_world_size(args: TrainingArguments) -> None:
             f"The launcher started {launched} processes (WORLD_SIZE), but the trainer sees a world of "
             f"{args.world_size}. On a machine without GPUs set `use_cpu: true`; with GPUs start as many processes as "
             "there are GPUs, with one of accelerate_configs/*.yaml."
+        )
+    if args.n_gpu > 1:
+        number = "" if args.n_gpu == 2 else f"--num_processes {args.n_gpu} "
+        raise RunError(
+            f"One process sees {args.n_gpu} GPUs. Start one on each:\n"
+            f"  accelerate launch --config_file accelerate_configs/two_t4.yaml {number}{shlex.join(sys.argv)}\n"
+            "or one on the first alone:\n"
+            f"  CUDA_VISIBLE_DEVICES=0 python {shlex.join(sys.argv)}"
+        )
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        raise RunError(
+            "DeepSpeed ZeRO-3 (`zero_stage` 3) leaves each rank a part of each weight, while the first alone samples "
+            "replies and saves the adapter; a 4-bit base cannot be shared out at all. Use ZeRO-2 "
+            "(accelerate_configs/two_t4_zero2.yaml) or plain data parallelism (two_t4.yaml)."
         )
 
 

@@ -1,8 +1,10 @@
 """What every training writes and watches: its run folder, checkpoints, precision, checkpointing, ranks."""
 
+import contextlib
 import json
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,16 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import rlhf.callbacks
-from rlhf.callbacks import MetricsFile, Progress, RanksAgree, Samples, _rewind, plot_curves, sample_table
+from rlhf.callbacks import (
+    MetricsFile,
+    PrecisionGuard,
+    Progress,
+    RanksAgree,
+    Samples,
+    _rewind,
+    plot_curves,
+    sample_table,
+)
 from rlhf.config import load_yaml
 from rlhf.files import read_jsonl, write_jsonl
 from rlhf.model import load_base
@@ -283,6 +294,14 @@ def test_precision_guard(stage, train, parents, four_bit, tmp_path):
     four_bit(stage, cast=False)
     with pytest.raises(TypeError, match="trainable parameters are not float32.*bfloat16.*trainable_to_fp32"):
         train(stage, tmp_path / stage, **parents(stage), dtype="float16", max_steps=2)
+
+
+def test_deepspeed_has_float32_copies_of_its_own():
+    half = torch.nn.Linear(2, 2, dtype=torch.float16)
+    for plugin in (None, object()):
+        args = SimpleNamespace(deepspeed_plugin=plugin)
+        with contextlib.nullcontext() if plugin else pytest.raises(TypeError, match="2 trainable.*float16"):
+            PrecisionGuard().on_train_begin(args, TrainerState(), TrainerControl(), model=half)
 
 
 def test_ppo_trains_in_float32_on_a_half_precision_base(train, parents, tmp_path):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from rich.console import Console
 
-from rlhf import check
+from rlhf import check, doctor
 from rlhf.check import Example, examine, preflight, show
 from rlhf.cli import main
 from rlhf.config import parse
@@ -239,6 +239,11 @@ def test_the_command_ends_with_a_status(tiny_llama, dataset, tmp_path, capsys):
     assert end.value.code == 2 and "no training stage" in capsys.readouterr().err
 
 
+@pytest.fixture(autouse=True)
+def fit_machine(monkeypatch):
+    monkeypatch.setattr(doctor, "machine", doctor.Machine)
+
+
 @pytest.fixture
 def recipe(tiny_llama, tmp_path):
     folder = tmp_path / "mine"
@@ -267,6 +272,20 @@ def test_a_recipe_is_checked_stage_by_stage(recipe, dataset, capsys):
     shown = capsys.readouterr().out
     assert end.value.code == 1 and "dpo is not fit to start: length" in shown
     assert shown.endswith("pass sft\nFAIL dpo: length\n")
+
+
+def test_the_findings_as_json(recipe, dataset, capsys):
+    words = [str(recipe), "--dataset", str(dataset), "--dpo.max_length", "30"]
+    with pytest.raises(SystemExit) as end:
+        main(["check", "--json", *words])
+    printed = capsys.readouterr().out
+    findings = {finding["name"]: finding for finding in json.loads(printed)}
+    assert end.value.code == 1 and findings["torch"]["status"] == "ok" and findings["sft: mask"]["status"] == "ok"
+    assert findings["dpo: length"]["status"] == "fail" and "`max_length` 30" in findings["dpo: length"]["found"]
+    assert findings["dpo: parent"]["status"] == "ok"  # its folder comes from the stage before
+    with pytest.raises(SystemExit):
+        main(["check", *words, "--json"])
+    assert capsys.readouterr().out == printed
 
 
 def test_a_recipe_that_ran_elsewhere_is_checked_there(recipe, dataset, adapter, tmp_path, capsys):

@@ -135,8 +135,9 @@ def test_a_failure_in_mid_training_is_a_message(tiny_llama, dataset, tmp_path):
 
 
 @slow
-def test_one_process(launch):
-    folder, _ = launch("sft", CONFIGS / "cpu.yaml")
+@pytest.mark.parametrize("name", ["cpu", "one_gpu"])
+def test_one_process(name, launch):
+    folder, _ = launch("sft", CONFIGS / f"{name}.yaml")
     assert read_record(folder)["hardware"]["processes"] == 1
     assert all(len(ranks) == 1 for ranks in hashes(folder))
 
@@ -166,6 +167,40 @@ def test_two_nodes(stage, launch):
     agents = [("--machine_rank", rank, "--main_process_port", port) for rank in ("0", "1")]
     folder, _ = launch(stage, CONFIGS / "two_nodes.yaml", agents=agents)
     check_two_ranks(folder)
+
+
+def test_every_configuration_is_here_and_says_how_it_is_launched():
+    names = {"cpu", "one_gpu", "two_t4", "two_t4_zero2", "two_nodes"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == names
+    for name in names:
+        text = (CONFIGS / f"{name}.yaml").read_text()
+        head = [line for line in text.splitlines() if line.startswith("#")]
+        assert any(f"accelerate launch --config_file accelerate_configs/{name}.yaml " in line for line in head)
+
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("fp16", "bf16"), [(False, False), (True, False), (False, True)], ids=["CPU", "T4", "A100"])
+def test_zero_2_follows_the_precision_that_the_script_chose(fp16, bf16, monkeypatch):
+    """As the Trainer fills what DeepSpeed's settings leave open; the machines are faked."""
+    from transformers import TrainingArguments
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    args = TrainingArguments(use_cpu=True, report_to="none", gradient_accumulation_steps=4, max_grad_norm=0.7)
+    args.fp16, args.bf16 = fp16, bf16
+    text = yaml.safe_load((CONFIGS / "two_t4_zero2.yaml").read_text())["deepspeed_config"]["deepspeed_config_file"]
+    settings = HfTrainerDeepSpeedConfig(text)
+    settings.trainer_config_process(args)
+    filled = settings.config
+    assert (filled["fp16"]["enabled"], filled["bf16"]["enabled"]) == (fp16, bf16)
+    assert 12 <= filled["fp16"]["initial_scale_power"] <= 16  # DeepSpeed's default of 16 loses steps on a T4
+    assert filled["zero_optimization"]["stage"] == 2 and filled["gradient_accumulation_steps"] == 4
+    assert filled["gradient_clipping"] == 0.7
 
 
 @slow

@@ -5,13 +5,10 @@ import os
 import random
 import shlex
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 import rlhf
@@ -525,22 +522,3 @@ def test_python_and_command_line_are_one(recipe, tmp_path):
     assert configs[0].replace(str(tmp_path / "a"), "") == configs[1].replace(str(tmp_path / "b"), "")
     assert {tensor.shape[0] for k, tensor in load_file(tmp_path / "a/sft/adapter_model.safetensors").items()
             if "lora_A" in k} == {8}  # fmt: skip
-
-
-def test_an_evaluation_runs_on_every_gpu(recipe, tmp_path, monkeypatch):
-    """Two GPUs are two processes of the module; one GPU, like a CPU, is this process."""
-    (step,) = [step for step in plan(recipe, False, None, tmp_path / "run", {}) if step.stage == "evaluate"]
-    started = []
-
-    def launched(command, check):
-        started.append(command)
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(pipeline.subprocess, "run", launched)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    pipeline._start(step, None)
-    (command,) = started
-    arguments = launch_command_parser().parse_args(command[3:])
-    assert arguments.multi_gpu and arguments.num_processes == 2 and arguments.module
-    assert [arguments.training_script, *arguments.training_script_args] == ["evaluation", "run", *step.argv]
