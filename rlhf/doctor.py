@@ -347,7 +347,7 @@ def hub(machine: Machine) -> Finding:
             remedy = (
                 "Settings > Internet > on (needs a verified phone number), or attach the model as input and " + remedy
             )
-        return Finding("hub", "warn", f"no reply within {HUB_SECONDS:g} s", remedy)
+        return Finding("hub", "warn", "does not reply: base models cannot be fetched", remedy)
     return Finding("hub", "ok", f"replies{token}")
 
 

@@ -9,9 +9,11 @@ import functools
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -185,19 +187,24 @@ def _how_far(folder: Path, num_processes: int, status: int | None, timeout: floa
 
 @contextlib.contextmanager
 def _stopped_at_the_end(process: subprocess.Popen) -> Iterator[None]:
-    """End what a process started along with it; its ranks are in sessions of their own, where no Ctrl-C arrives."""
+    """End what a process started along with it, on SIGTERM too: ranks are in sessions of their own and would go on."""
+    in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may set a handler
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if in_main_thread else None
     try:
         yield
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family = [*psutil.Process(process.pid).children(recursive=True), process]
-            for each in family if process.poll() is None else ():
-                each.terminate()
-            _, alive = psutil.wait_procs(family[:-1], timeout=SECONDS_TO_STOP)
-            for each in alive:
-                each.kill()
-            process.kill()
+        if process.poll() is None:
+            ranks = psutil.Process(process.pid).children(recursive=True)
+            for each in (process, *ranks):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.terminate()
+            _, alive = psutil.wait_procs(ranks, timeout=SECONDS_TO_STOP)
+            for each in (process, *alive):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
             process.wait()
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _rank(folder: Path) -> None:

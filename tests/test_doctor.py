@@ -143,10 +143,10 @@ CASES = {
         replace(T4S, ram=(8.0, 31.0)), "memory", "warn", "4 GB for each of 2 ranks", "at most 1 billion",
     ),
     "no memory": (replace(T4S, ram=(3.0, 31.0)), "memory", "fail", "3 of 31 GB", "CUDA_VISIBLE_DEVICES=0"),
-    "no network": (replace(NONE, hub=None), "hub", "warn", "no reply within 3 s", "HF_HUB_OFFLINE=1"),
+    "no network": (replace(NONE, hub=None), "hub", "warn", "cannot be fetched", "HF_HUB_OFFLINE=1"),
     "no network on Kaggle": (
         replace(T4S, hub=None, environment={"KAGGLE_KERNEL_RUN_TYPE": "Batch"}),
-        "hub", "warn", "no reply", "Settings > Internet",
+        "hub", "warn", "does not reply", "Settings > Internet",
     ),
     "too many threads": (
         replace(T4S, environment={"OMP_NUM_THREADS": "4"}), "threads", "warn", "OMP_NUM_THREADS=4 for 2", "set 2",

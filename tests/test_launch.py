@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from rlhf import launching
 from rlhf.checkpoints import MANIFEST, last_valid
 from rlhf.record import read_record
 from rlhf.session import ENDS
@@ -118,6 +119,18 @@ def test_two_ranks(stage, launch):
             if "objective/kl" in row:
                 penalty = -0.05 * row["objective/kl"]
                 assert row["objective/non_score_reward"] == pytest.approx(penalty, rel=1e-5, abs=1e-9)
+
+
+@slow
+def test_two_ranks_as_rlhf_run_starts_them(tiny_llama, dataset, tmp_path, monkeypatch):
+    """What it does on two GPUs, on the CPU: the check of the ranks, then the stage."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in ENV.items():
+        monkeypatch.setenv(name, value)
+    keys = {**KEYS, "model_name_or_path": tiny_llama, "dataset": dataset, "output_dir": "runs/sft"}
+    script = [str(ROOT / "rlhf" / "sft.py"), *(f"--{key}={value}" for key, value in keys.items())]
+    assert launching.start(script, 2) == 0
+    check_two_ranks(tmp_path / "runs" / "sft")
 
 
 def test_a_failure_in_mid_training_is_a_message(tiny_llama, dataset, tmp_path):

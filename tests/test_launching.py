@@ -1,5 +1,6 @@
 """How a stage starts: the command, NCCL's settings, the check that ranks reach each other (real ones, gloo), their end."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -264,23 +265,25 @@ def test_several_processes_are_checked_first(monkeypatch):
     assert start(["-c", "pass"], 1) == 0 and done == [2]
 
 
-def test_what_a_stage_started_ends_with_it(tmp_path, monkeypatch):
-    """A grandchild in a session of its own, as a rank is."""
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=slow)])
+def test_what_a_stage_started_ends_with_it(sent, tmp_path):
+    """A grandchild in a session of its own, as a rank is, which takes no hint."""
     file = tmp_path / "pid"
-    script = (
+    rank = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    stage = (
         "import subprocess, sys, time, pathlib\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {rank!r}], start_new_session=True)\n"
         f"pathlib.Path({str(file)!r}).write_text(str(child.pid))\n"
         "time.sleep(600)\n"
     )
-
-    def interrupted(process, timeout=None, wait=subprocess.Popen.wait):
-        monkeypatch.undo()
-        while not file.is_file() or not file.read_text():
-            time.sleep(0.05)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        start(["-c", script], 1)
-    assert not psutil.pid_exists(int(file.read_text())) or not psutil.Process(int(file.read_text())).is_running()
+    code = f"from rlhf import launching\nlaunching.SECONDS_TO_STOP = 0.5\nlaunching.start(['-c', {stage!r}], 1)"
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=DEMO.parents[1], stderr=subprocess.DEVNULL)
+    while not file.is_file() or not file.read_text():
+        assert run.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)  # until it ignores the signal
+    ranks = psutil.Process(run.pid).children(recursive=True)
+    assert int(file.read_text()) in {process.pid for process in ranks}
+    run.send_signal(sent)
+    assert run.wait(timeout=60) in (143, -signal.SIGINT)
+    assert not [process for process in ranks if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
