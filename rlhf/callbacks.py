@@ -32,18 +32,20 @@ from transformers import (
 )
 
 from rlhf.files import read_jsonl, write_bytes
+from rlhf.startup import prepare_training
 
 logger = logging.getLogger(__name__)
 
 
 def watch(trainer: Trainer, samples: Callable[[], list[dict[str, Any]]], sample_steps: int) -> None:
-    """Add to a trainer what every training of ours has: metrics, samples, the check of precision, a quiet progress bar.
+    """Probe a trainer, and add what every training of ours has: metrics, samples, checks, a quiet progress bar.
 
     Args:
         trainer: Before it trains.
         samples: Makes the rows of one sampling (see [`Samples`]).
         sample_steps: Optimiser steps between two samplings.
     """
+    prepare_training(trainer)
     trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
     of_trackers = trainer.callback_handler.callbacks
     for callback in (MetricsFile(), PrecisionGuard(), RanksAgree(), Samples(samples, sample_steps, of_trackers)):

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import sdpa_attention
 from trl import ModelConfig
 
 from rlhf.chat import prepare_tokenizer
@@ -71,6 +72,23 @@ def attention_problem(attn_implementation: str | None) -> str | None:
     return "needs a GPU of compute capability 8.0 or higher (a T4 has 7.5); use sdpa"
 
 
+def repeat_kv_below_8_0() -> None:
+    """Have transformers repeat keys and values for grouped-query models where torch's own grouping is slow.
+
+    Below capability 8.0 flash attention and cuDNN are missing, and the memory-efficient kernel cannot group, so that
+    `enable_gqa` leaves the math kernel: scores of length x length, in float32
+    (https://github.com/huggingface/transformers/issues/48633). transformers 5.23 asks its predicate `use_gqa_in_sdpa`
+    at each call, and takes the repeating path, which it takes for padded batches anyway, where that says no.
+    Elsewhere nothing is changed.
+    """
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        sdpa_attention.use_gqa_in_sdpa = _never_group
+
+
+def _never_group(attention_mask: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> bool:
+    return False
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, ready for chatting (see [`rlhf.chat.prepare_tokenizer`])."""
     return prepare_tokenizer(AutoTokenizer.from_pretrained(name_or_path))
@@ -89,6 +107,7 @@ def load_base(args: ModelConfig, tokenizer: PreTrainedTokenizerBase, reward: boo
     """
     if problem := attention_problem(args.attn_implementation):
         raise ValueError(f"`attn_implementation`: {args.attn_implementation!r} {problem}.")
+    repeat_kv_below_8_0()
     here = precision()
     dtype = here.dtype if args.dtype in (None, "auto") else getattr(torch, args.dtype)
     if dtype is torch.bfloat16 and here.fp16:

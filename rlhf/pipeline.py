@@ -22,6 +22,7 @@ from rlhf.checkpoints import continue_from as take_over
 from rlhf.checkpoints import last_valid
 from rlhf.config import STAGES, ConfigError, did_you_mean, dumps, load_recipe, num_gpus, parse, values_of
 from rlhf.files import folder_hash
+from rlhf.out_of_memory import sizes_of, take_report
 from rlhf.record import RunError, base_hash, movable, read_record
 from rlhf.session import STATUS, SessionEnded, seconds_left, session
 
@@ -132,10 +133,18 @@ def run_step(step: Step, say: Callable[[str], None] = print) -> None:
     if seconds_left() <= 0:
         raise SessionEnded(f"{name:9} waits: the session ends")
     say(f"{name:9} {reason}")
-    try:
-        _start(step, resume)
-    except SessionEnded as ended:  # of this process; one of another process stands in the record
-        raise SessionEnded(f"{name:9} {ended}") from ended
+    while True:
+        try:
+            _start(step, resume)
+            break
+        except SessionEnded as ended:  # of this process; one of another process stands in the record
+            raise SessionEnded(f"{name:9} {ended}") from ended
+        except RuntimeError:
+            changed = take_report(step.folder, sizes_of(values_of(step.configs)))
+            if changed is None:  # another failure, or nothing is left to make smaller
+                raise
+        reason, resume = _state(step)
+        say(f"{name:9} ran out of memory; {reason}, with {changed}")
     record = read_record(step.folder)
     if record is not None and record["status"] == STATUS:
         raise SessionEnded(f"{name:9} {record['stopped']}")

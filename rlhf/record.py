@@ -27,6 +27,7 @@ from transformers import TrainingArguments, set_seed
 from rlhf.config import PATHS, STAGES, ConfigError, exit_with, parse, save, values_of
 from rlhf.files import folder_hash, git_commit, is_disk_full, versions, write_json, write_text
 from rlhf.model import hardware
+from rlhf.out_of_memory import EXIT_STATUS, is_out_of_memory, report
 from rlhf.session import STATUS, SessionEnded
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ def stage(
         RunError: if a parent is missing, unfinished, or made from something else than it is used with.
     """
     folder = Path(output_dir)
-    base = values_of(configs).get("model_name_or_path")
+    asked = values_of(configs)  # now: a trainer may change its own, as where a batch does not fit
+    base = asked.get("model_name_or_path")
     links = _parents(parents or {}, folder, base)
     main = PartialState().is_main_process
     began = time.perf_counter()
@@ -116,6 +118,8 @@ def stage(
         logger.info("%s", ended)
         raise
     except BaseException as error:
+        if is_out_of_memory(error):  # by whichever rank it was
+            report(folder, asked, error, PartialState().process_index)
         record["status"] = "failed"
         record["error"] = f"{type(error).__name__}: {error}"[:500]
         trace = None if isinstance(error, RunError) else sys.exc_info()
@@ -176,10 +180,23 @@ def launch(
         ):  # told by the log and the record; not a failure, for which ranks are killed
             main(*parse(config_classes, argv, stage_name))
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the outermost call; what it cannot tell it raises
+        if is_out_of_memory(error):
+            _exit_at_once(error)
         exit_or_raise(error)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Else gloo's threads may outlive the interpreter, and a rank that is done aborts ("terminate called").
         torch.distributed.destroy_process_group()
+
+
+def _exit_at_once(error: BaseException) -> NoReturn:
+    """End this rank with the error's message and a status of its own, without waiting for the others.
+
+    They wait for this one in an exchange, and the interpreter's way out may wait for them. The launcher ends them.
+    """
+    sys.stderr.write("\n".join([f"error: {type(error).__name__}: {error}", *getattr(error, "__notes__", [])]) + "\n")
+    sys.stderr.flush()
+    logging.shutdown()
+    os._exit(EXIT_STATUS)
 
 
 def exit_or_raise(error: BaseException) -> NoReturn:
