@@ -23,7 +23,7 @@ endif
 # One thread a process: several processes that each spin on all cores slow each other down.
 TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
-.PHONY: demo demo-full test test-slow lint clean
+.PHONY: demo demo-full test test-slow gpu-check lint clean
 
 demo: $(INSTALLED)
 	$(RLHF) run recipes/demo
@@ -36,6 +36,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(TEST) -m slow
+
+gpu-check: $(INSTALLED)
+	$(PY) benchmarks/gpu_check.py --output benchmarks/results
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -117,6 +117,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     ),
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     "trust_remote_code": (False,),
+    # "wrapped" cuts samples and lets those of a row see each other; "bfd" keeps them apart (tests/test_startup.py).
+    "packing_strategy": ("bfd",),
+    "padding_free": (False,),  # by itself it does not keep to `max_length`; `packing` turns it on where it is of use
     "attn_implementation": ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"),
 }  # fmt: skip
 

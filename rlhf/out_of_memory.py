@@ -29,14 +29,19 @@ SIZES = (TRAIN, ACCUMULATION, EVAL, GENERATION)
 # The function in which the memory ran out -> the size that it goes by; the innermost counts, any other is training.
 BY_FUNCTION = {"sample_replies": GENERATION, "evaluation_loop": EVAL}
 
+# What CUDA and cuBLAS say when torch's allocator is not the one that asks.
+OF_LIBRARIES = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 Sizes = dict[str, int]
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether a device's memory ran out: torch's own error, or one of those of libraries that accelerate knows."""
+    """Whether a device's memory ran out: torch's own error, those that accelerate knows, and of allocations past torch."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, Exception) and should_reduce_batch_size(error)
+    if not isinstance(error, RuntimeError):
+        return False
+    return should_reduce_batch_size(error) or any(text in str(error) for text in OF_LIBRARIES)
 
 
 def smaller(sizes: Mapping[str, int], key: str = TRAIN) -> Sizes | None:

@@ -181,22 +181,25 @@ def launch(
             main(*parse(config_classes, argv, stage_name))
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the outermost call; what it cannot tell it raises
         if is_out_of_memory(error):
-            _exit_at_once(error)
+            _exit_out_of_memory(error)
         exit_or_raise(error)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Else gloo's threads may outlive the interpreter, and a rank that is done aborts ("terminate called").
         torch.distributed.destroy_process_group()
 
 
-def _exit_at_once(error: BaseException) -> NoReturn:
-    """End this rank with the error's message and a status of its own, without waiting for the others.
+def _exit_out_of_memory(error: BaseException) -> NoReturn:
+    """End this process with the error's message and a status of its own.
 
-    They wait for this one in an exchange, and the interpreter's way out may wait for them. The launcher ends them.
+    One of several ranks ends at once: the others wait for it in an exchange until the launcher ends them, which it does
+    when this one is gone, while the interpreter's way out may wait for them.
     """
     sys.stderr.write("\n".join([f"error: {type(error).__name__}: {error}", *getattr(error, "__notes__", [])]) + "\n")
-    sys.stderr.flush()
-    logging.shutdown()
-    os._exit(EXIT_STATUS)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sys.stderr.flush()
+        logging.shutdown()
+        os._exit(EXIT_STATUS)
+    raise SystemExit(EXIT_STATUS)
 
 
 def exit_or_raise(error: BaseException) -> NoReturn:

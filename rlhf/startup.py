@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from rlhf.generate import inference, left_pad
 from rlhf.out_of_memory import (
     TRAIN,
     Sizes,
-    advice,
     is_out_of_memory,
     remember,
     remembered,
@@ -72,7 +72,7 @@ def check_start(trainer: Trainer) -> None:
     Raises:
         StartError: naming the first layer whose output is not finite, and the remedy for this family of models.
     """
-    model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
     rows = _probe_rows(trainer.train_dataset)
     family = model.config.get_text_config().model_type
     if family in OVERFLOWS and _dtype(model) is torch.float16:
@@ -152,7 +152,7 @@ def _compare(together: list[Tensor], alone: list[Tensor], model: nn.Module) -> N
     logger.info("start-up probe: padded and unpadded logits differ by %.2g of their spread", relative)
 
 
-def _check_gradients(model: nn.Module, rows: Sequence[Sequence[int]], trainer: Trainer) -> None:
+def _check_gradients(model: PreTrainedModel, rows: Sequence[Sequence[int]], trainer: Trainer) -> None:
     names, weights = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     logits = _logits(model, rows, trainer)
     if logits[0].dim() == 1:
@@ -169,11 +169,13 @@ def _check_gradients(model: nn.Module, rows: Sequence[Sequence[int]], trainer: T
         )
 
 
-def _remedy(model: nn.Module) -> str:
+def _remedy(model: PreTrainedModel) -> str:
     """What to do about values that are not finite, by what is known of the family."""
     family, dtype = model.config.get_text_config().model_type, _dtype(model)
     if dtype is not torch.float16:
-        return f"The base computes in {dtype}, whose range is not the cause: its weights are damaged, or its adapter's."
+        return (
+            f"The base computes in {dtype}, whose range is not the cause: its weights are damaged, or its adapter's."
+        )
     if family in OVERFLOWS:
         return (
             f"Models of the family {family!r} are known to overflow in float16 ({OVERFLOWS[family]}). Set `dtype: "
@@ -209,18 +211,20 @@ def fit_batch(trainer: Trainer, probe: bool) -> None:
         probe: Whether to try the longest rows. On a CPU it would cost time for nothing.
 
     Raises:
-        torch.OutOfMemoryError: with advice, if a batch of one row does not fit.
+        torch.OutOfMemoryError: if a batch of one row does not fit.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
     asked = sizes_of({key: getattr(args, key) for key in vars(args)})
     if trainer.is_world_process_zero() and (changed := take_report(folder, asked)):
         logger.warning("The stage ran out of memory before, so it takes %s. The effective batch stays.", changed)
-    trainer.accelerator.wait_for_everyone()
-    known = sizes = remembered(folder, asked)
+    known = sizes = broadcast_object_list([remembered(folder, asked)])[0]
     while probe and not _everywhere(trainer, _fits(trainer, sizes[TRAIN])):
         after = smaller(sizes)
         if after is None:
-            raise torch.OutOfMemoryError(advice(vars(args), sizes))
+            if trainer.is_world_process_zero():  # so that nobody takes a smaller batch for a remedy
+                remember(folder, asked, sizes, "one of the longest rows does not fit")
+            trainer.accelerator.wait_for_everyone()
+            raise torch.OutOfMemoryError("Even a batch of one of the longest rows does not fit into memory.")
         logger.warning(
             "The longest rows do not fit with `%s` %d; %d is tried, the effective batch stays.",
             TRAIN, sizes[TRAIN], after[TRAIN],
@@ -296,7 +300,9 @@ def _loss(trainer: Trainer, rows: list[dict[str, Any]]) -> Tensor:
     if not isinstance(trainer, PPOTrainer):
         return trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(rows)))
     # Replies as long as they may become; what they say does not matter here.
-    ids, mask = left_pad([row["prompt_ids"] for row in rows], trainer.processing_class.pad_token_id, trainer.args.device)
+    ids, mask = left_pad(
+        [row["prompt_ids"] for row in rows], trainer.processing_class.pad_token_id, trainer.args.device
+    )
     replies = ids[:, -1:].repeat(1, trainer.args.response_length)
     batch = as_batch(ids, mask, replies, torch.ones_like(replies))
     nothing = torch.zeros(ids.shape[0], batch["mask"].shape[1] - 1, device=ids.device)

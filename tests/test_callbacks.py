@@ -285,6 +285,9 @@ def test_adapters_of_a_4bit_base_are_trained_in_float32(stage, train, parents, f
     assert torch.bfloat16 in seen["before"], "TRL casts no longer: `trainable_to_fp32` can go"
     assert seen["after"] == {torch.float32}
     assert run.moved() == {name for name, p in run.trainer.model.named_parameters() if p.requires_grad}
+    # Embeddings, norms and head are not upcast, as `prepare_model_for_kbit_training` would do
+    frozen = [n for n, p in run.trainer.model.named_parameters() if not p.requires_grad and "lora_" not in n]
+    assert any("embed_tokens" in n for n in frozen) and {run.before[n].dtype for n in frozen} == {torch.float16}
     weights = load_file(run.folder / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
@@ -309,7 +312,9 @@ def test_ppo_trains_in_float32_on_a_half_precision_base(train, parents, tmp_path
     trainable = {name: p.dtype for name, p in run.trainer.model.named_parameters() if p.requires_grad}
     assert set(trainable.values()) == {torch.float32}
     assert any("lora" in name for name in trainable) and any("value_head" in name for name in trainable)
-    assert torch.float16 in {p.dtype for p in run.trainer.model.parameters() if not p.requires_grad}
+    added = ("lora_", "score", "value_head")
+    frozen = {n: p.dtype for n, p in run.trainer.model.named_parameters() if not any(part in n for part in added)}
+    assert any("embed_tokens" in n for n in frozen) and set(frozen.values()) == {torch.float16}
     assert run.moved() == set(trainable)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+from transformers.integrations import sdpa_attention
 from trl import ModelConfig
 
 from rlhf import model as model_module
@@ -79,6 +80,53 @@ def test_flash_attention_is_refused_below_8_0(machine, capability, name, tiny_ll
 def test_flash_attention_is_taken_from_8_0_on(machine):
     machine((8, 0))
     assert attention_problem("flash_attention_2") is None
+
+
+@pytest.fixture(autouse=True)
+def upstream():
+    """transformers' own predicate, which is there again after each test."""
+    predicate = sdpa_attention.use_gqa_in_sdpa
+    yield predicate
+    sdpa_attention.use_gqa_in_sdpa = predicate
+
+
+def test_grouped_queries_are_repeated_below_8_0(machine, upstream, tiny_llama, monkeypatch):
+    """The tiny Llama has 4 heads in 2 groups. Fails where transformers does not ask its predicate, or groups no more."""
+    asked = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, **kwargs):
+        asked.append((query.shape[2], key.shape[1], kwargs.get("enable_gqa", False)))
+        return attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    tokenizer = load_tokenizer(str(tiny_llama))
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+
+    def outcome(capability):
+        machine(capability)
+        model = load_base(ModelConfig(str(tiny_llama), attn_implementation="sdpa", dtype="float32"), tokenizer)
+        asked.clear()
+        with torch.no_grad():
+            logits = model(ids).logits
+        forward = set(asked)
+        replies = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        return logits, forward, replies, set(asked) - forward
+
+    stock = outcome((8, 0))
+    assert stock[1] == {(6, 2, True)} and sdpa_attention.use_gqa_in_sdpa is upstream
+    ours = outcome((7, 5))
+    assert ours[1] == {(6, 4, False)}
+    assert not any(grouped for _, _, grouped in ours[3])  # nor while it decodes
+    torch.testing.assert_close(ours[0], stock[0], atol=1e-6, rtol=1e-5)  # float32, another order of sums
+    assert torch.equal(ours[2], stock[2])
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0), (9, 0)])
+def test_elsewhere_attention_is_left_as_it_is(machine, upstream, capability, tiny_llama):
+    machine(capability)
+    load_base(ModelConfig(str(tiny_llama), dtype="float32"), load_tokenizer(str(tiny_llama)))
+    assert sdpa_attention.use_gqa_in_sdpa is upstream
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

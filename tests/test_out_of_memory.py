@@ -24,12 +24,15 @@ TRAINING = {
 }  # fmt: skip
 
 
-def raised(function, error):
+def raised(name, error):
     """The error, raised in a function of that name."""
-    namespace = {"error": error}
-    exec(f"def {function}():\n    raise error", namespace)
+
+    def function():
+        raise error
+
+    function.__code__ = function.__code__.replace(co_name=name)
     try:
-        namespace[function]()
+        function()
     except type(error) as caught:
         return caught
 
@@ -55,7 +58,9 @@ def test_other_sizes_are_halved_alone():
     ("error", "known"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
-        (RuntimeError("CUDA error: out of memory.") if False else RuntimeError("HIP out of memory."), True),
+        (RuntimeError("HIP out of memory."), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("Connection closed by peer"), False),
         (MemoryError("out of memory."), False),
         (KeyboardInterrupt(), False),
@@ -113,7 +118,13 @@ def test_a_stage_without_a_train_batch_reports_nothing(tmp_path):
 
 def test_advice_when_nothing_is_left(tmp_path):
     asked = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
-    values = {**asked, "max_length": 1024, "response_length": 53, "gradient_checkpointing": True, "load_in_4bit": False}
+    values = {
+        **asked,
+        "max_length": 1024,
+        "response_length": 53,
+        "gradient_checkpointing": True,
+        "load_in_4bit": False,
+    }
     error = torch.OutOfMemoryError()
     report(tmp_path, values, error, 0)
     (told,) = error.__notes__
@@ -186,7 +197,13 @@ def test_sft_goes_on_with_half_the_batch(recipe, memory, train, tiny_llama, data
     assert yaml.safe_load((run / "config.yaml").read_text())["per_device_train_batch_size"] == 4  # as it was asked for
     # By a run that has the small batch from the checkpoint on.
     monkeypatch.undo()
-    keys = {**TRAINING, "eval_strategy": "no", "eval_steps": None, "load_best_model_at_end": False, "sample_steps": 100}
+    keys = {
+        **TRAINING,
+        "eval_strategy": "no",
+        "eval_steps": None,
+        "load_best_model_at_end": False,
+        "sample_steps": 100,
+    }
     small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     reference = train("sft", tmp_path / "reference", model_name_or_path=tiny_llama, dataset=dataset,
                       **{**keys, **small, "max_steps": 6, "resume_from_checkpoint": run / "checkpoint-2"})  # fmt: skip
@@ -230,12 +247,11 @@ def test_it_ends_with_advice(recipe, memory, tmp_path):
 def test_ppo_keeps_its_rollouts(part, recipe, memory, train, tiny_llama, dataset, sft_run, reward_run, tmp_path,
                                 monkeypatch):  # fmt: skip
     parents = {"sft_adapter": str(sft_run.folder), "reward_adapter": str(reward_run.folder)}
-    keys = {"total_episodes": 16, "num_ppo_epochs": 2, "num_mini_batches": 1, "response_length": 6, "save_steps": 2}
+    keys = {"total_episodes": 16, "num_ppo_epochs": 2, "response_length": 6, "save_steps": 2, "kl_coef": 0.1}
     memory("ppo", limit=2, at=5 if part == "update" else 4, training=part == "update")
     said = []
     if part == "rollout":
         keys["generation_batch_size"] = 4
-        (tmp_path / "probe").mkdir()
     rlhf.run(recipe("ppo", **parents, **keys), output_dir=tmp_path / "run", say=said.append)
     run = tmp_path / "run" / "ppo"
     fitted = json.loads((run / FILE).read_text())["in_use"]
@@ -265,11 +281,15 @@ def test_a_stage_in_a_process_of_its_own(recipe, tmp_path, monkeypatch):
         step.folder.mkdir(parents=True, exist_ok=True)
         sizes = sizes_of(values_of(step.configs))
         if len(started) == 1:
-            (step.folder / "metadata.json").write_text(json.dumps({"stage": "sft", "status": "running", "parents": {}}))
+            (step.folder / "metadata.json").write_text(
+                json.dumps({"stage": "sft", "status": "running", "parents": {}})
+            )
             report(step.folder, sizes, torch.OutOfMemoryError(), 1)
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Tesla T4")
     monkeypatch.setattr(subprocess, "run", launch)
     monkeypatch.setattr(pipeline, "_state", lambda step: ("runs: nothing was made yet", None))
     said = []
