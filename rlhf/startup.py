@@ -75,8 +75,8 @@ def check_start(trainer: Trainer) -> None:
     model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
     rows = _probe_rows(trainer.train_dataset)
     family = model.config.get_text_config().model_type
-    if family in OVERFLOWS and _dtype(model) is torch.float16:
-        logger.warning("%s", _remedy(model))
+    if family in OVERFLOWS and _computes_in(trainer) is torch.float16:
+        logger.warning("%s", _remedy(trainer))
     with _untouched(trainer), trainer.accelerator.autocast():
         with inference(model):
             together = _logits(model, rows, trainer)
@@ -84,8 +84,8 @@ def check_start(trainer: Trainer) -> None:
         if not all(logits.isfinite().all() for logits in [*together, *alone]):
             with inference(model):
                 _, layer = first_not_finite(model, lambda: _logits(model, rows, trainer))
-            raise StartError(f"The output of {layer} is not finite. {_remedy(model)}")
-        _compare(together, alone, model)
+            raise StartError(f"The output of {layer} is not finite. {_remedy(trainer)}")
+        _compare(together, alone, _computes_in(trainer))
         _check_gradients(model, rows, trainer)
 
 
@@ -136,17 +136,17 @@ def _logits(model: nn.Module, rows: Sequence[Sequence[int]], trainer: Trainer) -
     return [logits[number, -len(row) :] for number, row in enumerate(rows)]
 
 
-def _compare(together: list[Tensor], alone: list[Tensor], model: nn.Module) -> None:
+def _compare(together: list[Tensor], alone: list[Tensor], dtype: torch.dtype) -> None:
     difference = torch.cat([(a - b).flatten() for a, b in zip(together, alone, strict=True)])
     everything = torch.cat([logits.flatten() for logits in alone])
     # Scores may be few and alike, so that their own size is what a difference is held against.
     spread = max(everything.std().item() if everything.numel() > 2 else 0.0, everything.abs().mean().item(), 1e-6)
     relative = difference.square().mean().sqrt().item() / spread
-    limit = PADDING_LIMITS[_dtype(model)]
+    limit = PADDING_LIMITS[dtype]
     if not relative < limit:
         raise StartError(
             f"Padding on the left changes what the model computes: its logits are off by {relative:.2g} of their spread "
-            f"(limit {limit:g} in {_dtype(model)}). Batches of this base would be wrong. Try `attn_implementation: "
+            f"(limit {limit:g} in {dtype}). Batches of this base would be wrong. Try `attn_implementation: "
             "eager`, or another release of transformers."
         )
     logger.info("start-up probe: padded and unpadded logits differ by %.2g of their spread", relative)
@@ -165,35 +165,45 @@ def _check_gradients(model: PreTrainedModel, rows: Sequence[Sequence[int]], trai
     if wrong:
         raise StartError(
             f"The loss is finite, and the gradients of {len(wrong)} of {len(names)} trainable weights are not, for "
-            f"example that of `{wrong[-1]}`. {_remedy(model)}"
+            f"example that of `{wrong[-1]}`. {_remedy(trainer)}"
         )
 
 
-def _remedy(model: PreTrainedModel) -> str:
+def _remedy(trainer: Trainer) -> str:
     """What to do about values that are not finite, by what is known of the family."""
-    family, dtype = model.config.get_text_config().model_type, _dtype(model)
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    family, dtype = model.config.get_text_config().model_type, _computes_in(trainer)
     if dtype is not torch.float16:
         return (
             f"The base computes in {dtype}, whose range is not the cause: its weights are damaged, or its adapter's."
         )
+    other = (
+        "set `dtype: float32`, train on a card with bfloat16 (compute capability 8.0 or newer), or take another base"
+    )
+    if _weights_in(model) is torch.float32:
+        other = "its weights are in float32 already, so train on a card with bfloat16, or take another base"
     if family in OVERFLOWS:
-        return (
-            f"Models of the family {family!r} are known to overflow in float16 ({OVERFLOWS[family]}). Set `dtype: "
-            "float32`, train on a card with bfloat16 (compute capability 8.0 or newer), or take another base."
-        )
+        return f"Models of the family {family!r} are known to overflow in float16 ({OVERFLOWS[family]}): {other}."
     if family in FINE_WITH_SDPA:
         return (
             f"Models of the family {family!r} are finite in float16 with `attn_implementation: sdpa`, and overflow with "
-            f"eager ({FINE_WITH_SDPA[family]}). With sdpa set already, try `dtype: float32`, or another base."
+            f"eager ({FINE_WITH_SDPA[family]}). With sdpa set already: {other}."
         )
     return (
         f"Nothing is known here of the family {family!r} in float16. If the base was trained in bfloat16, its values may "
-        "be too large for it: set `dtype: float32`, or take another base."
+        f"be too large for it: {other}."
     )
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    """Of the frozen weights; a 4-bit layer computes in the type of the others."""
+def _computes_in(trainer: Trainer) -> torch.dtype:
+    """The type of the products: that of autocast where it is on, else of the frozen weights."""
+    if trainer.args.fp16 or trainer.args.bf16:
+        return torch.float16 if trainer.args.fp16 else torch.bfloat16
+    return _weights_in(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def _weights_in(model: nn.Module) -> torch.dtype:
+    """The type of most frozen weights; a 4-bit layer holds integers, and computes in the type of the others."""
     dtypes = [p.dtype for p in model.parameters() if not p.requires_grad and p.dtype in PADDING_LIMITS]
     return max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
 

@@ -243,7 +243,8 @@ def test_it_ends_with_advice(recipe, memory, tmp_path):
     assert "`per_device_train_batch_size: 1`, `gradient_accumulation_steps: 4`" in told and "`max_length: 128`" in told
 
 
-@pytest.mark.parametrize("part", ["update", pytest.param("rollout", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["update", "rollout"])
 def test_ppo_keeps_its_rollouts(part, recipe, memory, train, tiny_llama, dataset, sft_run, reward_run, tmp_path,
                                 monkeypatch):  # fmt: skip
     parents = {"sft_adapter": str(sft_run.folder), "reward_adapter": str(reward_run.folder)}

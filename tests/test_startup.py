@@ -30,7 +30,7 @@ def probed(tiny_llama):
             if head is not None:
                 head.requires_grad_(True)
         accelerator = SimpleNamespace(unwrap_model=lambda model: model, autocast=torch.enable_grad)
-        args = SimpleNamespace(device=torch.device("cpu"))
+        args = SimpleNamespace(device=torch.device("cpu"), fp16=False, bf16=False)
         return SimpleNamespace(model=model, accelerator=accelerator, args=args, train_dataset=Dataset.from_list(list(rows)),
                                processing_class=load_tokenizer(str(tiny_llama)))  # fmt: skip
 
@@ -107,7 +107,7 @@ def test_a_gradient_that_is_not_finite_is_named(probed):
 @pytest.mark.parametrize(
     ("family", "remedy"),
     [
-        ("gemma", "known to overflow in float16.*gemma_pytorch/issues/24.*dtype: float32"),
+        ("gemma", "known to overflow in float16.*gemma_pytorch/issues/24.*set `dtype: float32`"),
         ("qwen2", "finite in float16 with `attn_implementation: sdpa`"),
         ("llama", "Nothing is known here of the family 'llama' in float16"),
     ],
@@ -116,11 +116,23 @@ def test_the_remedy_goes_by_the_family(family, remedy, probed, caplog):
     trainer = probed()
     trainer.model.half()
     trainer.model.config.model_type = family
-    trainer.model.model.layers[0].mlp.down_proj.weight.data.fill_(60000.0)  # its product is larger than 65504
+    mlp = trainer.model.model.layers[0].mlp
+    mlp.up_proj.weight.data.mul_(1000)
+    mlp.down_proj.weight.data.fill_(60000.0)  # a number of float16, while its products are larger than 65504
     with caplog.at_level(logging.WARNING), pytest.raises(StartError, match=remedy) as caught:
         check_start(trainer)
     assert "model.layers.0.mlp.down_proj" in str(caught.value)
     assert ("known to overflow" in caplog.text) == (family == "gemma")
+
+
+def test_the_limit_goes_by_what_is_computed_in(probed):
+    """Weights in float32 under autocast: the products are float16, and so is the remedy."""
+    trainer = probed()
+    trainer.args.fp16 = True
+    assert startup._computes_in(trainer) is torch.float16
+    trainer.model.model.layers[0].mlp.down_proj.weight.data[0] = float("inf")
+    with pytest.raises(StartError, match="its weights are in float32 already"):
+        check_start(trainer)
 
 
 def test_half_precision_is_within_its_limit(probed):
@@ -163,7 +175,7 @@ def parents(stage, tiny_llama, dataset, request):
 
 
 @pytest.mark.parametrize("stage", ["sft", pytest.param("reward", marks=pytest.mark.slow),
-                                   pytest.param("dpo", marks=pytest.mark.slow), "ppo"])  # fmt: skip
+                                   pytest.param("dpo", marks=pytest.mark.slow), pytest.param("ppo", marks=pytest.mark.slow)])  # fmt: skip
 def test_the_probes_leave_nothing_behind(stage, train, tiny_llama, dataset, request, tmp_path, monkeypatch):
     """A training with the one probe and a training with the other are the same, bit for bit."""
     usual = request.getfixturevalue(f"{stage}_run")  # with `check_start`
@@ -186,7 +198,10 @@ def test_the_probes_leave_nothing_behind(stage, train, tiny_llama, dataset, requ
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize(
+    "stage",
+    ["sft", pytest.param("reward", marks=pytest.mark.slow), pytest.param("dpo", marks=pytest.mark.slow), "ppo"],
+)
 def test_the_longest_rows_decide_the_batch(stage, train, tiny_llama, dataset, request, tmp_path):
     """Room for two of the longest rows, asked for four: half the batch, twice the accumulation, the same steps."""
     seen = {}
@@ -253,7 +268,7 @@ def shifted_nll(model, ids, labels):
     return nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum", ignore_index=-100)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_packed_samples_do_not_see_each_other(attention, train, tiny_llama, dataset, tmp_path):
     """The loss of a packed row is that of its samples alone, by transformers and torch."""
     seen = {}
