@@ -45,6 +45,7 @@ def watch(trainer: Trainer, samples: Callable[[], list[dict[str, Any]]], sample_
         samples: Makes the rows of one sampling (see [`Samples`]).
         sample_steps: Optimiser steps between two samplings.
     """
+    check_trainable_dtype(trainer.model)
     prepare_training(trainer)
     trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
     of_trackers = trainer.callback_handler.callbacks
@@ -211,18 +212,22 @@ class PrecisionGuard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
     ) -> None:
-        if args.deepspeed_plugin is not None:
-            return
-        wrong = {
-            f"{name} ({parameter.dtype})"
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and parameter.dtype.itemsize < 4
-        }
-        if wrong:
-            raise TypeError(
-                f"{len(wrong)} trainable parameters are not float32, for example {min(wrong)}. Call "
-                "`rlhf.model.trainable_to_fp32(model)` after the trainer is built and after every load."
-            )
+        if args.deepspeed_plugin is None:  # which keeps its own float32 copies
+            check_trainable_dtype(model)
+
+
+def check_trainable_dtype(model: nn.Module) -> None:
+    """Raise a TypeError that names trainable parameters in half precision, where there are any."""
+    wrong = {
+        f"{name} ({parameter.dtype})"
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.dtype.itemsize < 4
+    }
+    if wrong:
+        raise TypeError(
+            f"{len(wrong)} trainable parameters are not float32, for example {min(wrong)}. Call "
+            "`rlhf.model.trainable_to_fp32(model)` after the trainer is built and after every load."
+        )
 
 
 class RanksAgree(TrainerCallback):
