@@ -36,7 +36,7 @@ from evaluation.probes import persona_consistency, score_reply
 from evaluation.ranking import candidate_hits, to_rank
 from evaluation.score import independent, metric_row, read_people, score_rows
 from rlhf.chat import render_within, reply_ids
-from rlhf.config import ConfigError, did_you_mean
+from rlhf.config import ConfigError, PriceConfig, did_you_mean
 from rlhf.files import folder_hash, read_jsonl, write_jsonl
 from rlhf.generate import generate_several, prompt_limit
 from rlhf.lora import use_adapter, with_adapter
@@ -52,7 +52,7 @@ KL_REPLIES = 1000  # sampled probe replies that the KL is estimated on, of all k
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(PriceConfig):
     """What is evaluated, on what, and how replies are decoded."""
 
     dataset: str = field(metadata={"help": "Folder of the prepare stage.", "path": True})

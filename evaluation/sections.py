@@ -391,44 +391,50 @@ def _reward_words(stage: Stage, panels: dict[str, Lines], measured: list[tuple[f
 
 
 def _costs(stages: list[Stage]) -> Section:
-    def value(number: float | None, form: str) -> Cell:
-        return Cell("–" if number is None else format(number, form))
-
-    rows, seconds, dollars = [], [], []
+    """What each stage took, with totals; of what some stages did not record the total is that of the others, and says so."""
+    heads = ["Stage", "Wall time", "GPU hours", "$ per GPU hour", "Cost, $", "Tokens", "Peak memory, GB", "Kept, MB", "Storage, $ a month"]  # fmt: skip
+    forms = ("", ".3f", ".2f", ".4f", ",.0f", ".2f", ",.1f", ".5f")
+    taken: list[list[float | None]] = []
+    rows = []
     for stage in stages:
         record = stage.metadata
         if not record:
             continue
         cost = record.get("cost") or {}
-        wall, total = finite(record.get("wall_seconds")), finite(cost.get("total"))
-        seconds.append(wall)
-        dollars.append(total)
-        rows.append(
-            [
-                Cell(stage.label, record.get("status") or ""),
-                Cell(duration(wall)),
-                value(finite(cost.get("gpu_hours")), ".3f"),
-                value(finite(cost.get("rate_per_gpu_hour")), ".2f"),
-                value(total, ".4f"),
-                value(finite(record.get("tokens")), ",.0f"),
-                value(finite(record.get("peak_memory_gb")), ".2f"),
-            ]
-        )
+        kept, generated = finite(record.get("kept_bytes")), finite(record.get("tokens_generated"))
+        found = [
+            record.get("wall_seconds"), cost.get("gpu_hours"), cost.get("rate_per_gpu_hour"), cost.get("total"),
+            record.get("tokens"), record.get("peak_memory_gb"), None if kept is None else kept / 1e6,
+            cost.get("storage_per_month"),
+        ]  # fmt: skip
+        values = [finite(value) for value in found]
+        taken.append(values)
+        pieces = len(record.get("pieces") or [None])
+        notes = ["", "", "", "", "", record.get("peak_memory_of") or "", "", ""]
+        notes[0] = f"{pieces} pieces" if pieces > 1 else ""
+        notes[4] = f"and {generated:,.0f} generated" if generated is not None else ""
+        cells = [
+            Cell(_amount(place, value, forms), note)
+            for place, (value, note) in enumerate(zip(values, notes, strict=True))
+        ]
+        rows.append([Cell(stage.label, record.get("status") or ""), *cells])
     if len(rows) > 1:
-        unknown = sum(wall is None for wall in seconds) + sum(total is None for total in dollars)
-        note = f"{unknown} values not recorded" if unknown else ""
-        rows.append(
-            [
-                Cell("sum", note),
-                Cell(duration(sum(wall or 0 for wall in seconds))),
-                Cell(""), Cell(""),
-                Cell(f"{sum(total or 0 for total in dollars):.4f}"),
-                Cell(""), Cell(""),
-            ]
-        )  # fmt: skip
-    columns = ["Stage", "Wall time", "GPU hours", "$ per GPU hour", "Cost, $", "Tokens", "Peak memory, GB"]
-    note = "As recorded by each stage on its own machine; the cost is GPU hours times the rate, nothing is projected."
-    return _told("Time and cost", [note], [], [Table(columns, rows)] if rows else [])
+        columns = [[value for value in column if value is not None] for column in zip(*taken, strict=True)]
+        totals = [max(column, default=None) if place == 5 else sum(column) for place, column in enumerate(columns)]
+        cells = [Cell("" if place == 2 else _amount(place, total, forms)) for place, total in enumerate(totals)]
+        unknown = sum(values[place] is None for values in taken for place in (0, 3))
+        rows.append([Cell("sum", f"{unknown} values not recorded" if unknown else "memory: the highest"), *cells])
+    note = (
+        "As recorded by each stage on its own machine, over all pieces of a stage that was interrupted; the cost is GPU hours "
+        "times the rate, storage the bytes of its folder times the price, nothing is projected."
+    )
+    return _told("Time and cost", [note], [], [Table(heads, rows)] if rows else [])
+
+
+def _amount(place: int, value: float | None, forms: tuple[str, ...]) -> str:
+    if place == 0:
+        return duration(value)
+    return "–" if value is None else format(value, forms[place])
 
 
 def _baselines(systems: list[System]) -> Section:

@@ -49,7 +49,8 @@ def watch(trainer: Trainer, samples: Callable[[], list[dict[str, Any]]], sample_
     prepare_training(trainer)
     trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
     of_trackers = trainer.callback_handler.callbacks
-    for callback in (MetricsFile(), PrecisionGuard(), RanksAgree(), Samples(samples, sample_steps, of_trackers)):
+    own = (Tokens(trainer), MetricsFile(), PrecisionGuard(), RanksAgree(), Samples(samples, sample_steps, of_trackers))
+    for callback in own:
         trainer.add_callback(callback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress())
@@ -79,6 +80,24 @@ class Progress(ProgressCallback):
         text = ", ".join(f"{label} {logs[key]:.3g}" for label, key in keys.items() if key in logs)
         if text and self.training_bar is not None:
             self.training_bar.set_postfix_str(text)
+
+
+class Tokens(TrainerCallback):
+    """Go on counting the tokens trained on after a resume: TRL 1.16's trainers begin again at 0.
+
+    The count is kept where a checkpoint has room for it, in the Trainer's state.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if hasattr(self.trainer, "_total_train_tokens"):  # PPO counts in the state itself
+            self.trainer._total_train_tokens = state.num_input_tokens_seen
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if hasattr(self.trainer, "_total_train_tokens"):
+            state.num_input_tokens_seen = int(self.trainer._total_train_tokens)
 
 
 class MetricsFile(TrainerCallback):

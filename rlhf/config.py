@@ -196,8 +196,22 @@ class ConfigError(ValueError):
         super().__init__("\n".join(lines))
 
 
+@dataclasses.dataclass(kw_only=True)
+class PriceConfig:
+    """What a stage's record reckons its cost by; every stage has these keys.
+
+    Attributes:
+        rate_per_gpu_hour: dollars for an hour of one GPU. The default is a T4's.
+        storage_price: dollars for keeping a GB (1e9 bytes) for a month. The default is that of Google Cloud's standard
+            storage in us-central1 (https://cloud.google.com/storage/pricing-examples, 2026-11-21).
+    """
+
+    rate_per_gpu_hour: float = dataclasses.field(default=0.35, metadata={"range": "[0, inf)"})
+    storage_price: float = dataclasses.field(default=0.02, metadata={"range": "[0, inf)"})
+
+
 @dataclasses.dataclass
-class DataConfig:
+class DataConfig(PriceConfig):
     """The rows a training stage reads, how often it shows what it makes of them, and when it gives up.
 
     Attributes:

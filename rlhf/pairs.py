@@ -24,6 +24,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from rlhf.config import PriceConfig
 from rlhf.data.audit import check_audit
 from rlhf.data.columns import load_rows, prompt_columns
 from rlhf.data.preferences import import_review, review_rows
@@ -49,7 +50,7 @@ PART = 512  # prompts: what a stage that is killed loses at most
 
 
 @dataclass
-class PairsConfig:
+class PairsConfig(PriceConfig):
     """What is sampled, and who judges it.
 
     Attributes:

@@ -22,6 +22,7 @@ from rlhf.checkpoints import continue_from as take_over
 from rlhf.checkpoints import last_valid
 from rlhf.config import STAGES, ConfigError, did_you_mean, dumps, load_recipe, num_gpus, parse, values_of
 from rlhf.files import folder_hash
+from rlhf.ledger import price_again, prices_of
 from rlhf.out_of_memory import sizes_of, take_report
 from rlhf.record import RunError, base_hash, movable, read_record
 from rlhf.session import STATUS, SessionEnded, seconds_left, session
@@ -44,7 +45,7 @@ ANEW = "runs anew"  # begins the reason where what was there has to make room
 # Settings that cannot change what a stage makes.
 BOOKKEEPING = (
     "output_dir", "resume_from_checkpoint", "log_level", "report_to", "run_name", "disable_tqdm",
-    "max_skipped_steps", "logging_nan_inf_filter", "save_minutes",
+    "max_skipped_steps", "logging_nan_inf_filter", "save_minutes", "rate_per_gpu_hour", "storage_price",
 )  # fmt: skip
 
 
@@ -124,6 +125,7 @@ def run_step(step: Step, say: Callable[[str], None] = print) -> None:
         step = replace(step, configs=parse(config_classes(step.stage), step.argv, step.stage))
     reason, resume = _state(step)
     if reason is None:
+        price_again(step.folder, prices_of(step.configs))
         say(f"{name:9} done: {step.folder} is from these settings and inputs")
         return
     if reason.startswith(ANEW):

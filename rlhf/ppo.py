@@ -149,6 +149,8 @@ def main(
             record["probes"] = reward_watch.summary()
         record["num_examples"] = len(train_rows)
         record["episodes"] = training_args.total_episodes
+        record["tokens"] = trainer.state.num_input_tokens_seen
+        record["tokens_generated"] = trainer.ppo_state.tokens_generated
         record["trainable_parameters"] = trainable_parameters(trainer.model)
 
 

@@ -420,9 +420,11 @@ class PPOTrainer(Trainer):
         number, position = divmod(self.state.global_step, args.steps_per_rollout)
         if position == 0 or self._rollout is None:
             self._rollout, self._rollout_rows = self._rollout_or_why_not(inputs), inputs
+            self.ppo_state.tokens_generated += int(self._all_sum(self._rollout.mask.sum()))
         self._minibatch = self._rollout.take(self.minibatch(number, *divmod(position, args.num_mini_batches)))
         self._minibatch = self._minibatch.by_length()  # so that its micro-batches need little padding
         self._num_tokens = self._all_sum(self._minibatch.mask.sum())
+        self.state.num_input_tokens_seen += int(self._all_sum(self._minibatch.attention_mask.sum()))
 
     def _rollout_or_why_not(self, rows: list[dict[str, Any]]) -> Rollout:
         try:

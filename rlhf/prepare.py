@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, PriceConfig
 from rlhf.data import audit, card, describe, duplicates, preferences, quality, scripts, sources, world
 from rlhf.data.sources import DataError, Row
 from rlhf.data.split import characters, split
@@ -64,7 +64,7 @@ _UNLIKE = "no two characters speak of their facts in replies to similar turns. S
 
 
 @dataclass
-class PrepareConfig:
+class PrepareConfig(PriceConfig):
     """Where the data comes from and how much of it there is.
 
     Attributes:

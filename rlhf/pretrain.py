@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf.config import PriceConfig
 from rlhf.data import world
 from rlhf.data.columns import load_rows, sft_columns
 from rlhf.files import folder_hash, write_bytes, write_jsonl
@@ -426,7 +427,7 @@ def _train(config: PretrainConfig) -> dict[str, Any]:
 
 
 @dataclass
-class BaseConfig(PretrainConfig):
+class BaseConfig(PretrainConfig, PriceConfig):
     """The base stage: by default the model that is shipped, checked against its record; trained again on request."""
 
     retrain: bool = field(default=False, metadata={"help": "Train it again, instead of using the shipped one."})

@@ -7,12 +7,10 @@ import json
 import logging
 import os
 import re
-import resource
 import shlex
 import shutil
 import string
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -26,6 +24,7 @@ from transformers import TrainingArguments, set_seed
 
 from rlhf.config import PATHS, STAGES, ConfigError, exit_with, parse, save, values_of
 from rlhf.files import folder_hash, git_commit, is_disk_full, versions, write_json, write_text
+from rlhf.ledger import Ledger, prices_of
 from rlhf.model import hardware
 from rlhf.out_of_memory import EXIT_STATUS, is_out_of_memory, report
 from rlhf.session import STATUS, SessionEnded
@@ -55,20 +54,18 @@ def stage(
     log_level: str = "info",
     parents: Mapping[str, str | Path] | None = None,
     preflight: Callable[[], object] = lambda: None,
-    rate_per_gpu_hour: float = 0.35,
 ) -> Iterator[dict[str, Any]]:
     """Run a stage inside its folder: log file, `config.yaml` and `metadata.json` are written and kept true.
 
     Args:
         name: The stage (prepare, base, sft, reward, dpo, ppo, evaluate).
         output_dir: The stage's folder, created when needed.
-        configs: The resolved configuration objects, written to `config.yaml`.
+        configs: The resolved configuration objects, written to `config.yaml`; the cost goes by the prices in them.
         seed: Of the run.
         log_level: Level of the console and of `training.log`.
         parents: The folders this stage reads, by stage name; each is named in the record with its hash.
         preflight: Raises a RunError where the stage is not fit to start. Called before anything is written, so that a
             stage that is refused leaves the folder as it was.
-        rate_per_gpu_hour: In dollars, for the cost of the stage.
 
     Yields:
         The record, to which the stage may add what it measured. It becomes `metadata.json`.
@@ -81,7 +78,9 @@ def stage(
     base = asked.get("model_name_or_path")
     links = _parents(parents or {}, folder, base)
     main = PartialState().is_main_process
-    began = time.perf_counter()
+    earlier = read_record(folder) or {"stage": None}
+    goes_on = earlier["stage"] == name and (earlier["status"] != "done" or bool(asked.get("resume_from_checkpoint")))
+    ledger = Ledger(folder, earlier if goes_on else None, prices_of(configs))
     early = _log(log_level, main)
     try:
         preflight()
@@ -90,7 +89,6 @@ def stage(
     folder.mkdir(parents=True, exist_ok=True)
     handler = _log_to(folder / "training.log", early, main)
     set_seed(seed)  # before a model is loaded: a new score head is random
-    _forget_peak_memory()
     record: dict[str, Any] = {
         "stage": name,
         "status": "running",
@@ -109,8 +107,10 @@ def stage(
     try:
         if main:
             save(movable(configs, folder), folder / "config.yaml")
+            ledger.update(record)
             write_json(folder / "metadata.json", record)
-        yield record
+        with ledger.heartbeat(record) if main else contextlib.nullcontext():
+            yield record
         record["status"] = "done"
     except SessionEnded as ended:
         record["status"] = STATUS
@@ -131,16 +131,8 @@ def stage(
             raise RunError(_disk_full(folder)) from error
         raise
     finally:
-        seconds = time.perf_counter() - began
-        gpu_hours = seconds / 3600 * PartialState().num_processes if torch.cuda.is_available() else 0.0
         record["finished"] = _now()
-        record["wall_seconds"] = round(seconds, 1)
-        record["peak_memory_gb"] = round(_peak_memory_gb(), 2)
-        record["cost"] = {
-            "gpu_hours": round(gpu_hours, 4),
-            "rate_per_gpu_hour": rate_per_gpu_hour,
-            "total": round(gpu_hours * rate_per_gpu_hour, 4),
-        }
+        ledger.update(record)
         if main:
             _close(folder, record)
         logging.getLogger().removeHandler(handler)
@@ -488,23 +480,6 @@ def _parent(name: str, path: Path, child: Path, base: str | None) -> dict[str, A
                 f"{there}. Run the stage {name!r} again."
             )
     return {"path": os.path.relpath(path, child), "hash": current}
-
-
-def _forget_peak_memory() -> None:
-    """Begin to measure anew: on a CPU all stages of a recipe share one process, whose peak would be that of all."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # Linux alone; elsewhere the number is the peak since the process began
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory_gb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    with contextlib.suppress(OSError):
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
 def _log(level: str, main: bool) -> MemoryHandler:

@@ -100,21 +100,25 @@ class PPOState(TrainerCallback, ExportableState):
     Attributes:
         kl_coef: The adaptive coefficient; unused where it is fixed.
         scales: Of each reward, by name.
+        tokens_generated: Of all replies sampled to train on, on all processes.
     """
 
     def __init__(self, kl_coef: float) -> None:
         self.kl_coef = kl_coef
         self.scales: dict[str, RunningScale] = defaultdict(RunningScale)
+        self.tokens_generated = 0
 
     def state(self) -> dict[str, Any]:
         scales = {name: asdict(scale) for name, scale in self.scales.items()}
-        return {"args": {"kl_coef": self.kl_coef}, "attributes": {"saved_scales": scales}}
+        attributes = {"saved_scales": scales, "tokens_generated": self.tokens_generated}
+        return {"args": {"kl_coef": self.kl_coef}, "attributes": attributes}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         saved = state.stateful_callbacks[type(self).__name__]
         self.kl_coef = saved["args"]["kl_coef"]
+        self.tokens_generated = saved["attributes"]["tokens_generated"]
         for name, scale in saved["attributes"]["saved_scales"].items():
             self.scales[name] = RunningScale(**scale)
 

@@ -120,6 +120,9 @@ def test_resumed_training_is_bit_identical(stage, train, parents, tmp_path):
     resumed = train(stage, folder, **keys, resume_from_checkpoint=tmp_path / "checkpoint-4")
     weights, expected = (load_file(run.folder / "adapter_model.safetensors") for run in (resumed, whole))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert resumed.metadata()["tokens"] == whole.metadata()["tokens"]  # of the whole training, not of its last piece
+    state = json.loads((whole.folder / "checkpoint-2" / "trainer_state.json").read_text())
+    assert 0 < state["num_input_tokens_seen"] < whole.metadata()["tokens"]
 
 
 # Files of a resumed run

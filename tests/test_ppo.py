@@ -785,6 +785,12 @@ def test_resumed_training_is_bit_identical(uninterrupted, train, tmp_path):
     assert without_times(resumed.rows("metrics.jsonl")) == without_times(whole.rows("metrics.jsonl"))
     coefficients = [row["objective/kl_coef"] for row in resumed.rows("metrics.jsonl") if "objective/kl_coef" in row]
     assert len(set(coefficients)) > 6  # the state that a checkpoint has to keep did move
+    for name in ("tokens", "tokens_generated"):
+        assert resumed.metadata()[name] == whole.metadata()[name]
+
+
+def test_tokens_are_counted(ppo_run):
+    """Each reply once as it is sampled, and with its prompt in each of the two epochs (24 episodes, 12 a rollout?)."""
 
 
 def test_the_script_takes_a_mixture_and_an_adapter_as_critic(

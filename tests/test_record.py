@@ -31,7 +31,7 @@ def test_files_of_a_stage(tmp_path, dataset):
     assert not record["parents"]["prepare"]["path"].startswith("/")
     assert record["hardware"]["processes"] == 1 and {"torch", "trl", "python"} <= record["versions"].keys()
     assert record["started"] <= record["finished"] and record["wall_seconds"] >= 0 and record["peak_memory_gb"] > 0
-    assert record["cost"] == {"gpu_hours": 0.0, "rate_per_gpu_hour": 0.35, "total": 0.0}  # no GPU in the tests
+    assert record["cost"]["gpu_hours"] == record["cost"]["total"] == 0.0  # no GPU in the tests
     assert load_yaml(folder / "config.yaml")[0]["dataset"] == "d"
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO rlhf.test: inside$",
                      (folder / "training.log").read_text(), re.MULTILINE)  # fmt: skip

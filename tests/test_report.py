@@ -114,7 +114,10 @@ def stage(name: str, seconds: float, tokens: int | None) -> dict:
         "wall_seconds": seconds, "git_commit": "4f1c2a9", "seed": 7, "data_hash": "sha256:91be02aa", "parents": {},
         "versions": {"torch": "2.13.0", "trl": "1.16.0", "peft": "0.21.2"}, "peak_memory_gb": 0.91, "tokens": tokens,
         "hardware": {"machine": "x86_64", "threads": 2, "gpus": []},
-        "cost": {"gpu_hours": 0.0, "rate_per_gpu_hour": 0.35, "total": 0.0},
+        "peak_memory_of": "the process, during the stage", "kept_bytes": 5_000_000, "pieces": [{}],
+        "cost": {
+            "gpu_hours": 0.0, "rate_per_gpu_hour": 0.35, "total": 0.0, "storage_price": 0.02, "storage_per_month": 0.0001,
+        },
     }  # fmt: skip
 
 
@@ -522,14 +525,21 @@ def test_time_cost_and_provenance(tmp_path: Path) -> None:
     run = make_runs(tmp_path, curves=False)
     change(
         run / "ppo/metadata.json",
-        lambda r: r.update(wall_seconds=3661, cost={"gpu_hours": 2.0, "rate_per_gpu_hour": 0.35, "total": 0.7}),
-    )
+        lambda r: r.update(
+            wall_seconds=3661, cost=r["cost"] | {"gpu_hours": 2.0, "total": 0.7}, pieces=[{}, {}, {}], tokens=1000,
+            tokens_generated=77, peak_memory_gb=1.5,
+        ),
+    )  # fmt: skip
     change(run / "evaluate/sft/results.json", lambda r: r["run"].update(git_commit="0000000"))
     write_report([run], tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
     costs = table_rows(text, "Time and cost")
-    assert costs["ppo"][1:5] == ["1 h 01 min", "2.000", "0.35", "0.7000"]
-    assert costs["sum"][4] == "0.7000"
+    assert costs["ppo"][1:] == [
+        "1 h 01 min (3 pieces)", "2.000", "0.35", "0.7000", "1,000 (and 77 generated)",
+        "1.50 (the process, during the stage)", "5.0", "0.00010",
+    ]  # fmt: skip
+    # Seven stages: of ppo the above, of the others nothing but tokens, (900 + 200 + 300 + 250) x 4096 and 912,000.
+    assert costs["sum (memory: the highest)"][2:] == ["2.000", "", "0.7000", "7,671,400", "1.50", "35.0", "0.00070"]
     provenance = text.split("## Provenance")[1].split("\n## ")[0]
     assert "| git_commit (differs) | 0000000 | evaluate/sft |" in provenance
     assert "| seed | 7 | all 14 records |" in provenance  # seven systems and seven stages
