@@ -4,7 +4,7 @@
 
 LoRA is trained as `recipes/demo/sft.yaml` says. Full fine-tuning trains every weight of the same base on the same rows in
 the same order, with the same batch, steps and schedule; its learning rate is the best one of a short search, so that it is
-given a fair chance. Held-out loss is that of the last 200 training dialogues, which neither side trains on: the dialogues
+given a fair chance. Held-out loss is that of the last 64 training dialogues, which neither side trains on: the dialogues
 that `prepare` holds out lack the flaws which this stage is there to learn, so that their loss rises again.
 
 Seconds are of the processor (one thread) in training steps alone, without evaluations, loading and saving, so that another
@@ -29,15 +29,15 @@ from rlhf.files import write_text
 from rlhf.savings import CARDS, Side, calculate_savings
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo"
-HELD_OUT = 200
+HELD_OUT = 64
 RATES = (3e-4, 1e-3, 3e-3)  # full fine-tuning's; the best is used
-SEARCH_STEPS = 50
+SEARCH_STEPS = 30
 # Parts of the way from the first loss down to the one that both sides reach.
 LEVELS = (0.5, 0.75, 0.9, 0.95, 1.0)
 
 
 def measure(
-    dataset: str, lora: bool, learning_rate: float | None = None, max_steps: int | None = None
+    dataset: str, lora: bool, learning_rate: float | None = None, max_steps: int | None = None, eval_steps: int = 10
 ) -> dict[str, Any]:
     """Train one side in this process: curve, seconds, memory and bytes on disk."""
     sys.stdout = sys.stderr  # trainers and libraries print, and standard output is for the JSON
@@ -69,7 +69,7 @@ def measure(
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         argv = [f"--config={RECIPE / 'sft.yaml'}", f"--dataset={dataset}", f"--output_dir={folder}", "--use_cpu=true"]
-        argv += ["--eval_on_start=true", "--eval_steps=10", "--save_strategy=no", "--disable_tqdm=true"]
+        argv += ["--eval_on_start=true", f"--eval_steps={eval_steps}", "--save_strategy=no", "--disable_tqdm=true"]
         argv += [f"--learning_rate={learning_rate}"] if learning_rate else []
         argv += [f"--max_steps={max_steps}"] if max_steps else []
         data_args, _, training_args, model_args = parse(config_classes("sft"), argv, "sft")
@@ -118,7 +118,9 @@ def measure(
 
 def alone(*arguments: Any) -> dict[str, Any]:
     """[`measure`] in a process of its own, so that its memory and its seconds are its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rlhf.sft", "rlhf.pipeline"])  # importing takes as long as some ten steps
+    with context.Pool(1) as pool:
         result = pool.apply(measure, arguments)
     best = min(loss for _, loss in result["curve"])
     kind = "LoRA" if result["lora"] else "full"
@@ -173,7 +175,8 @@ def main() -> None:
             run(RECIPE, until="prepare", output_dir=folder, say=lambda line: sys.stderr.write(line + "\n") and None)
             dataset = f"{folder}/prepare"
         lora = alone(dataset, True, None, steps)
-        search = [alone(dataset, False, rate, steps or SEARCH_STEPS) for rate in rates]
+        tried = steps or SEARCH_STEPS
+        search = [alone(dataset, False, rate, tried, tried) for rate in rates]
         best = min(search, key=lambda result: result["curve"][-1][1])
         full = alone(dataset, False, best["learning_rate"], steps)
     shown = [{key: result[key] for key in ("learning_rate", "steps", "curve")} for result in search]

@@ -333,6 +333,18 @@ def test_an_interrupted_stage_goes_on(status, go, tmp_path):
     assert go(until="sft")["sft"].startswith("done")  # the checkpoint it went on from is no setting
 
 
+def test_new_prices_train_nothing_again(go, tmp_path):
+    go(until="sft")
+    sft = tmp_path / "run" / "sft"
+    before = read_record(sft)
+    said = go(until="sft", rate_per_gpu_hour=2, storage_price=1000)
+    assert said["prepare"].startswith("done") and said["sft"].startswith("done")
+    after = read_record(sft)
+    assert after["cost"]["rate_per_gpu_hour"] == 2 and before["cost"]["rate_per_gpu_hour"] == 0.35
+    assert after["cost"]["storage_per_month"] == pytest.approx(before["kept_bytes"] / 1e6, abs=1e-6)
+    assert {**after, "cost": None} == {**before, "cost": None}
+
+
 def test_stopped_before_its_first_checkpoint(go, tmp_path):
     go(until="sft")
     sft = tmp_path / "run" / "sft"

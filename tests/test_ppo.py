@@ -790,7 +790,14 @@ def test_resumed_training_is_bit_identical(uninterrupted, train, tmp_path):
 
 
 def test_tokens_are_counted(ppo_run):
-    """Each reply once as it is sampled, and with its prompt in each of the two epochs (24 episodes, 12 a rollout?)."""
+    """24 prompts, each replied to once, 4 a rollout; prompt and reply are trained on in both of its epochs."""
+    generated = sum(
+        4 * row["val/response_length"] for row in ppo_run.rows("metrics.jsonl") if "val/response_length" in row
+    )
+    prompts = sum(len(ids) for ids in ppo_run.trainer.train_dataset["prompt_ids"])
+    assert len(ppo_run.trainer.train_dataset) == 24 and generated > 0
+    assert ppo_run.metadata()["tokens_generated"] == round(generated)
+    assert ppo_run.metadata()["tokens"] == 2 * (prompts + round(generated))
 
 
 def test_the_script_takes_a_mixture_and_an_adapter_as_critic(

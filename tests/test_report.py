@@ -539,7 +539,7 @@ def test_time_cost_and_provenance(tmp_path: Path) -> None:
         "1.50 (the process, during the stage)", "5.0", "0.00010",
     ]  # fmt: skip
     # Seven stages: of ppo the above, of the others nothing but tokens, (900 + 200 + 300 + 250) x 4096 and 912,000.
-    assert costs["sum (memory: the highest)"][2:] == ["2.000", "", "0.7000", "7,671,400", "1.50", "35.0", "0.00070"]
+    assert costs["sum"][2:] == ["2.000", "", "0.7000", "7,671,400", "1.50", "35.0", "0.00070"]
     provenance = text.split("## Provenance")[1].split("\n## ")[0]
     assert "| git_commit (differs) | 0000000 | evaluate/sft |" in provenance
     assert "| seed | 7 | all 14 records |" in provenance  # seven systems and seven stages
