@@ -170,11 +170,22 @@ def calculate_savings(
         dollars = None
         if seconds is not None and card is not None and reference is not None:
             dollars = seconds * reference.tflops / card.tflops / 3600 * card.rate_per_gpu_hour
-        named = (card.name, card.rate_per_gpu_hour) if card else (None, None)
-        storage = side.kept_bytes / 1e9 * storage_price
-        bills.append(Bill(side.name, loss, seconds, side.memory_gb, *named, dollars, side.kept_bytes, storage))
+        bills.append(
+            Bill(
+                name=side.name,
+                best_loss=loss,
+                seconds=seconds,
+                memory_gb=side.memory_gb,
+                card=card.name if card else None,
+                rate_per_gpu_hour=card.rate_per_gpu_hour if card else None,
+                dollars=dollars,
+                kept_bytes=side.kept_bytes,
+                storage_per_month=side.kept_bytes / 1e9 * storage_price,
+            )
+        )
     return Savings(
-        *bills,
+        lora=bills[0],
+        full=bills[1],
         measured_on=measured_on,
         target_loss=target,
         loss_gap=best[0] - best[1],
