@@ -30,7 +30,7 @@ from rlhf.savings import CARDS, Side, calculate_savings
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo"
 HELD_OUT = 64
-RATES = (3e-4, 1e-3, 3e-3)  # full fine-tuning's; the best is used
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # full fine-tuning's; the best is used
 SEARCH_STEPS = 30
 # Parts of the way from the first loss down to the one that both sides reach.
 LEVELS = (0.5, 0.75, 0.9, 0.95, 1.0)

@@ -1,10 +1,16 @@
 """LoRA against full fine-tuning: every expected number is worked out by hand from two curves of three or four points."""
 
+import importlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from rlhf.savings import Card, Side, calculate_savings, seconds_to_loss
+
+ROOT = Path(__file__).parents[1]
 
 SMALL, LARGE = Card("small", 16, 0.4, 50), Card("large", 80, 4.0, 200)
 CARDS = (LARGE, SMALL)  # the order must not matter
@@ -104,3 +110,39 @@ def test_all_faults_are_named():
 def test_json():
     savings = json.loads(calculate_savings(lora(), full(), "small", cards=CARDS).to_json())
     assert savings["full"]["rate_per_gpu_hour"] == 0.4 and savings["verdicts"]["time: 60% less or better"][:3] == "met"
+
+
+# The benchmark that measures both sides
+
+
+def test_levels_of_the_benchmark(monkeypatch):
+    """From 5.0 to 2.0, which both reach: half way is 3.5, at 7.5 s of LoRA's 10 from 5.0 to 3.0 and at 20 of full's 40."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("savings")
+    measured = [
+        {"curve": each.curve, "peak_memory_gb": each.memory_gb, "kept_bytes": each.kept_bytes, "tokens": 7}
+        for each in (lora(), full())
+    ]
+    found = benchmark.report(*measured, search=[])
+    assert [level["loss"] for level in found["levels"]] == pytest.approx([3.5, 2.75, 2.3, 2.15, 2.0])
+    assert found["levels"][0]["lora"] == pytest.approx(7.5) and found["levels"][0]["full"] == pytest.approx(20)
+    assert found["levels"][0]["less"] == pytest.approx(0.625) and found["savings"]["time_reduction"] == 0.625
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_both_sides(tmp_path):
+    """Four steps a side, one learning rate; the rest is as in the whole."""
+    command = [sys.executable, "benchmarks/savings.py", "--quick", "--output", str(tmp_path / "savings.json")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found == json.loads((tmp_path / "savings.json").read_text())
+    one, other = found["lora"], found["full"]
+    assert one["curve"][0] == other["curve"][0] and one["curve"][0][0] == 0  # the same base, nothing trained yet
+    assert one["tokens"] == other["tokens"] and one["steps"] == other["steps"] == 4  # the same rows in the same order
+    # 4 layers of q, k, v, o (128 x 128) and gate, up, down (128 x 256), rank 16; the base has 0.8 M parameters
+    assert one["trainable_parameters"] == 4 * 16 * (4 * 256 + 3 * 384) == 139_264
+    assert other["trainable_parameters"] > 5 * one["trainable_parameters"]
+    assert other["optimizer_bytes"] > 5 * one["optimizer_bytes"] and other["kept_bytes"] > 5 * one["kept_bytes"]
+    assert one["curve"][-1][1] < one["curve"][0][1] and all(side["own_gb"] > 0 for side in (one, other))
