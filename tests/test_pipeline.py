@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import rlhf
-from rlhf import checkpoints, pipeline, session
+from rlhf import checkpoints, session
 from rlhf.cli import main
 from rlhf.config import ConfigError, parse, values_of
 from rlhf.files import read_jsonl, write_json, write_jsonl
