@@ -45,7 +45,7 @@ def logged(trainer, key):
 
 @pytest.mark.parametrize("break_", BREAKS[1:])
 def test_a_step_that_is_not_finite_moves_neither_weights_nor_averages(break_, tmp_path, caplog):
-    trainer = make(tmp_path, save_strategy="no")
+    trainer = make(tmp_path, save_strategy="no", max_skipped_steps=1)  # not in a row
     at = At(trainer, {1, 3}, break_)
     with caplog.at_level(logging.WARNING):
         trainer.train()
@@ -123,6 +123,21 @@ def test_too_many_in_a_row_name_layer_batch_and_checkpoint(break_, tmp_path):
     saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert all(torch.equal(saved[n], p) for n, p in trainer.model.named_parameters() if p.requires_grad)
     assert torch.equal(at.weights[2][0], saved["below.weight"])  # as it was before the first of them
+
+
+def test_the_layer_whose_gradient_is_not_finite_is_named(tmp_path):
+    """Below it the gradients of weights are infinite too, and are not the first."""
+
+    def break_(trainer):
+        def infinite(module, args, output):
+            output.register_hook(lambda gradient: gradient * torch.inf)
+
+        return trainer.model.below.register_forward_hook(infinite).remove
+
+    trainer = make(tmp_path, max_skipped_steps=0)
+    At(trainer, {0}, break_)
+    with pytest.raises(NonFiniteError, match="first gradient that is not is that of `below` "):
+        trainer.train()
 
 
 def test_the_row_of_a_batch_is_named(tmp_path):
