@@ -233,6 +233,14 @@ def test_a_rank_that_never_comes(one_of_two):
     assert not psutil.Process().children(recursive=True)
 
 
+def test_a_launcher_that_takes_its_time_to_end_is_not_waited_for(monkeypatch):
+    marks = "[Path(sys.argv[1], f'{mark}_{rank}').touch() for mark in ('up', 'met', 'done') for rank in (0, 1)]"
+    code = f"import sys, time; from pathlib import Path; {marks}; time.sleep(600)"
+    monkeypatch.setattr(launching, "command", lambda script, number: [sys.executable, "-c", code, script[1]])
+    assert 0 <= check_all_reduce(2) < launching.SECONDS_TO_MEET
+    assert not psutil.Process().children(recursive=True)
+
+
 def test_a_rank_that_fails_is_quoted(monkeypatch):
     monkeypatch.setattr(launching, "command", lambda *args: [sys.executable, "-c", "raise OSError('no such card')"])
     with pytest.raises(LaunchError, match=r"\(exit status 1\): rank 0, 1 never came up") as error:
