@@ -115,11 +115,10 @@ class Checkpoints(TrainerCallback, ExportableState):
         if state.global_step % getattr(args, "steps_per_rollout", 1) == 0 and state.global_step < state.max_steps:
             save, self.ending = self._decide(args)
             control.should_save |= save or self.ending
-        # What is evaluated may be the best, which is saved in `on_evaluate`.
-        self._before_save(control, control.should_evaluate and args.load_best_model_at_end)
+        self._before_save(control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self._before_save(control, control.should_evaluate and args.load_best_model_at_end)
+        self._before_save(control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics=None, **kwargs
@@ -134,7 +133,7 @@ class Checkpoints(TrainerCallback, ExportableState):
         if value is not None:
             best = state.best_metric
             control.should_save |= best is None or (value > best if args.greater_is_better else value < best)
-            self._before_save(control, False)
+            self._before_save(control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
@@ -191,9 +190,10 @@ class Checkpoints(TrainerCallback, ExportableState):
             broadcast_object_list(decision)
         return decision[0], decision[1]
 
-    def _before_save(self, control: TrainerControl, perhaps: bool) -> None:
-        # Means since the last log are in no checkpoint: without a log a resumed run would have half of them.
-        control.should_log |= control.should_save or perhaps
+    def _before_save(self, control: TrainerControl) -> None:
+        # Means since the last log are in no checkpoint: without a log a resumed run would have half of them. What is
+        # evaluated may be the best so far, and saved for it.
+        control.should_log |= control.should_save or control.should_evaluate
         if control.should_save:
             self.began = now()
             self._check_space()

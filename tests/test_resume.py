@@ -41,7 +41,11 @@ def environment(monkeypatch):
 
 
 def script(stage, folder, keys, seconds=None):
-    """Run the script from the last checkpoint in `folder`, and kill it after so long; whether it came to its end."""
+    """Run the script from the last checkpoint in `folder`, and kill it so long after its training began.
+
+    Returns:
+        The seconds from there to its end, or None where it was killed.
+    """
     checkpoint, damaged = last_valid(folder)
     folder.mkdir(exist_ok=True)
     config, said = folder.with_suffix(".yaml"), folder.with_suffix(".log")
@@ -51,15 +55,20 @@ def script(stage, folder, keys, seconds=None):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rlhf.sft", "rlhf.reward", "rlhf.dpo"])
     process = context.Process(target=warm, args=(argv[0], argv, folder.parent, said))
+    log = folder / "metrics.jsonl"
+    before = log.stat().st_mtime_ns if log.is_file() else None
     process.start()
+    while process.exitcode is None and (log.stat().st_mtime_ns if log.is_file() else None) == before:
+        time.sleep(0.01)  # its training begins by writing the log anew
+    began = time.monotonic()
     process.join(seconds)
     if process.exitcode is None:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    rows = (folder / "metrics.jsonl").read_bytes().count(b"\n") if (folder / "metrics.jsonl").is_file() else 0
+    rows = log.read_bytes().count(b"\n") if log.is_file() else 0
     print(f"from {checkpoint and checkpoint.name}, left out {damaged}: {rows} rows, exit {process.exitcode}")
     assert process.exitcode in (0, -signal.SIGKILL), said.read_text()[-3000:]
-    return process.exitcode == 0
+    return time.monotonic() - began if process.exitcode == 0 else None
 
 
 def rows(folder):
@@ -98,18 +107,17 @@ def test_ten_kills_at_random_moments(stage, request, tiny_llama, dataset, tmp_pa
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     for _ in range(2):  # the first one starts the server too
         shutil.rmtree(whole, ignore_errors=True)
-        began = time.monotonic()
-        assert script(stage, whole, keys)
-        seconds = time.monotonic() - began
+        seconds = script(stage, whole, keys)
+        assert seconds is not None
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}, {seconds:.1f} s undisturbed")
     moments, killed = random.Random(seed), 0
     while killed < KILLS:
-        if script(stage, folder, keys, seconds * moments.uniform(0.1, 1)):
+        if script(stage, folder, keys, seconds * moments.uniform(0, 1)) is not None:
             check_same(folder, whole)
             shutil.rmtree(folder)
         else:
             killed += 1
     if folder.is_dir():
-        assert script(stage, folder, keys)
+        assert script(stage, folder, keys) is not None
         check_same(folder, whole)
