@@ -128,12 +128,12 @@ def run_step(step: Step, say: Callable[[str], None] = print) -> None:
         price_again(step.folder, prices_of(step.configs))
         say(f"{name:9} done: {step.folder} is from these settings and inputs")
         return
+    if seconds_left() <= 0:  # before anything is moved to make room
+        raise SessionEnded(f"{name:9} waits: the session ends")
     if reason.startswith(ANEW):
         if step.stage in FILES:
             preflight(step.stage, step.configs)  # a stage that would be refused leaves the finished one in its place
         reason += _set_aside(step.folder)
-    if seconds_left() <= 0:
-        raise SessionEnded(f"{name:9} waits: the session ends")
     say(f"{name:9} {reason}")
     while True:
         try:

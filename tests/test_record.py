@@ -1,5 +1,6 @@
 """A stage's record: status, parents that are refused, log file, and the launch that is not what it seems."""
 
+import errno
 import json
 import logging
 import re
@@ -12,6 +13,7 @@ from markdown_it import MarkdownIt
 from rlhf.config import ConfigError, DataConfig, load_yaml
 from rlhf.files import folder_hash, write_json
 from rlhf.record import RunError, base_of, check_world_size, launch, model_card, read_record, stage
+from rlhf.session import SessionEnded
 
 
 def run_stage(folder, parents=None, **found):
@@ -128,6 +130,39 @@ def test_a_damaged_record_is_named(text, tmp_path):
     (tmp_path / "metadata.json").write_text(text)
     with pytest.raises(RunError, match=r"metadata.json is empty or damaged. Delete it, and run the stage again"):
         read_record(tmp_path)
+
+
+def test_a_parent_without_its_adapter_is_refused(sft_run, tmp_path):
+    sft = shutil.copytree(sft_run.folder, tmp_path / "sft")
+    (sft / "adapter_model.safetensors").unlink()
+    with pytest.raises(RunError, match=r"The files in .*sft are not those .* Run the stage 'sft' again"):
+        run_stage(tmp_path / "dpo", {"sft": sft})
+    assert not (tmp_path / "dpo").exists()
+
+
+def test_a_stage_that_is_stopped_by_the_session_says_so(tmp_path):
+    with pytest.raises(SessionEnded), stage("sft", tmp_path / "sft", [], seed=1):
+        raise SessionEnded("the session ends; it stopped at step 3 of 9")
+    record = read_record(tmp_path / "sft")
+    assert (record["status"], record["stopped"]) == ("stopped", "the session ends; it stopped at step 3 of 9")
+    log = (tmp_path / "sft" / "training.log").read_text()
+    assert "it stopped at step 3" in log and "ERROR" not in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_full_disk_is_told_and_hides_no_other_error(done, tmp_path, monkeypatch):
+    """Within the stage, and when the record of a finished one is written."""
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RunError, match=r"the disk of .*sft is full: [\d,]+ bytes are free. Make room") as told:
+        with stage("sft", tmp_path / "sft", [], seed=1):
+            monkeypatch.setattr("rlhf.record.write_json", full)
+            if not done:
+                full()
+    assert told.value.__cause__.errno == errno.ENOSPC
+    assert read_record(tmp_path / "sft")["status"] == "running"
 
 
 def test_a_stale_parent_is_refused(dataset, tmp_path):
