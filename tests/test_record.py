@@ -156,11 +156,11 @@ def test_a_full_disk_is_told_and_hides_no_other_error(done, tmp_path, monkeypatc
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(RunError, match=r"the disk of .*sft is full: [\d,]+ bytes are free. Make room") as told:
-        with stage("sft", tmp_path / "sft", [], seed=1):
-            monkeypatch.setattr("rlhf.record.write_json", full)
-            if not done:
-                full()
+    refused = pytest.raises(RunError, match=r"the disk of .*sft is full: [\d,]+ bytes are free. Make room")
+    with refused as told, stage("sft", tmp_path / "sft", [], seed=1):
+        monkeypatch.setattr("rlhf.record.write_json", full)
+        if not done:
+            full()
     assert told.value.__cause__.errno == errno.ENOSPC
     assert read_record(tmp_path / "sft")["status"] == "running"
 
