@@ -10,8 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf import callbacks, startup
+from rlhf.config import ConfigError, parse
 from rlhf.model import load_tokenizer
 from rlhf.out_of_memory import FILE, take_report
+from rlhf.pipeline import config_classes
 from rlhf.rewards import pool_by_mask
 from rlhf.startup import StartError, check_start, fit_batch, longest_rows, row_lengths
 
@@ -293,3 +295,17 @@ def test_packed_samples_do_not_see_each_other(attention, train, tiny_llama, data
     train("sft", tmp_path / "sft", tamper=tamper, model_name_or_path=tiny_llama, dataset=dataset, packing=True,
           attn_implementation=attention, max_steps=1)  # fmt: skip
     assert seen["packed"] == pytest.approx(seen["alone"], rel=1e-5)
+
+
+def test_packing_that_mixes_samples_is_refused(tiny_llama, dataset, tmp_path):
+    keys = {
+        "output_dir": tmp_path,
+        "dataset": dataset,
+        "model_name_or_path": tiny_llama,
+        "use_cpu": True,
+        "packing": True,
+    }
+    words = [f"--{key}={value}" for key, value in keys.items()]
+    for key, value in {"packing_strategy": "wrapped", "padding_free": "true"}.items():
+        with pytest.raises(ConfigError, match=f"`{key}`"):
+            parse(config_classes("sft"), [*words, f"--{key}={value}"], "sft")
