@@ -106,18 +106,22 @@ def _check(arguments: argparse.Namespace) -> None:
         doctor.show(findings, problems_alone=arguments.recipe is not None)
     failed = any(finding.status == "fail" for finding in findings)
     if arguments.recipe is not None:
-        from rlhf.check import as_findings, show, show_recipe
+        from rlhf.check import FILES, as_findings, show, show_recipe
+        from rlhf.memory import show_plan
 
         stages = _stages(arguments.recipe, words)
+        trainings = {stage: configs for stage, configs in stages.items() if stage in FILES}
         if as_json:
-            of_stages = as_findings(stages)
+            of_stages = as_findings(trainings)
             findings += of_stages
             failed |= any(finding.status != "ok" for finding in of_stages)
         elif arguments.recipe.suffix == ".yaml":
             ((stage, configs),) = stages.items()
             failed |= bool(show(stage, configs))
         else:
-            failed |= any(show_recipe(stages).values())
+            failed |= any(show_recipe(trainings).values())
+        if not as_json:
+            failed |= bool(show_plan(stages))
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     if failed:
@@ -125,7 +129,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _stages(recipe: Path, words: Sequence[str]) -> dict[str, Any]:
-    """The configurations of a recipe's training stages, or of the one whose file was named."""
+    """The configurations of a recipe's stages, or of the one training stage whose file was named."""
     from rlhf.check import FILES
     from rlhf.pipeline import config_classes, plan
 
@@ -133,7 +137,7 @@ def _stages(recipe: Path, words: Sequence[str]) -> dict[str, Any]:
         keys = _keys([word for word in words if word != "--tiny"])
         root = Path(keys.pop("output_dir", Path("runs") / recipe.resolve().name))
         steps = plan(recipe, "--tiny" in words, None, root, keys)
-        return {step.stage: step.configs for step in steps if step.stage in FILES}
+        return {step.stage: step.configs for step in steps}
     if recipe.stem not in FILES:
         raise ConfigError([f"`{recipe}`: is the file of no training stage; there are {', '.join(FILES)} .yaml"])
     return {recipe.stem: parse(config_classes(recipe.stem), ["--config", str(recipe), *words], recipe.stem)}

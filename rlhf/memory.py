@@ -5,15 +5,28 @@ does not show is worked out by rules, and marked with a star: the optimiser's st
 workspace, the cache of the rollout, the CUDA context and fragmentation; of the counted parts, 4-bit layers.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+import yaml
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from rlhf.config import values_of
+from rlhf.data.columns import load_rows, preference_columns, prompt_columns, sft_columns
+from rlhf.hours import RULE, WEEK_HOURS, Rows, evaluation_hours, ppo_hours, token_seconds, training_hours
 from rlhf.meta_step import T4, Device, Measured, StepShape, measure
+from rlhf.model import load_tokenizer
 
 GIB = 2**30
 
@@ -23,6 +36,10 @@ T4_BYTES = int(14.74 * GIB)
 CONTEXT_BYTES = int(0.45 * GIB)  # assumed: driver, kernels and cuBLAS' workspace of a process
 FRAGMENTATION = 0.1  # assumed: of what comes and goes; the allocator rounds up and keeps holes
 SHORTEST = 256  # no shorter `max_length` is proposed
+FILES = {"sft": "dialogues", "reward": "preferences", "dpo": "preferences", "ppo": "prompts"}
+SAMPLED, LONGEST = 200, 8  # rows whose tokens are counted: spread over the file, and of the most characters
+ASSUMED_ROWS = 10_000  # where neither data nor recipe tell
+ROWS_A_DIALOGUE = 4  # a conversation of two personas: two sides, in pieces (3.7 measured on Synthetic-Persona-Chat)
 # Bytes of state a trained weight, by the beginning of `optim`: two float32 averages where no other is known.
 OPTIMISER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 4, "sgd": 0}
 
@@ -180,9 +197,15 @@ def _measure(
     key = (setting.stage, setting.shape(), setting.per_device_eval_batch_size, prompts, device, config.to_json_string(),
            repr(args))  # fmt: skip
     if key not in _MEASURED:
-        _MEASURED[key] = measure(
-            setting.stage, config, args, setting.shape(), device, setting.per_device_eval_batch_size, prompts
-        )
+        try:
+            _MEASURED[key] = measure(
+                setting.stage, config, args, setting.shape(), device, setting.per_device_eval_batch_size, prompts
+            )
+        except (RuntimeError, NotImplementedError) as error:  # a branch on a value, which "meta" tensors have not
+            raise PlanError(
+                f"The stage {setting.stage!r} of a base of type {config.model_type} cannot be planned, since its step "
+                f"asks for values: {error}. Its memory is seen when it runs; start with a batch of 1."
+            ) from error
     return _MEASURED[key]
 
 
@@ -207,3 +230,366 @@ def _workspace(config: PreTrainedConfig, shape: StepShape, stage: str) -> int:
     text = config.get_text_config()
     rows = shape.batch * (2 if stage in ("reward", "dpo") else 1)
     return 3 * 4 * rows * shape.length * text.num_attention_heads * _head_width(text)
+
+
+# --- bases and settings -----------------------------------------------------------------------------------------------
+
+
+class PlanError(ValueError):
+    """A stage cannot be planned: the configuration of its base is not at hand, or its step wants values."""
+
+
+@cache
+def published() -> dict[str, dict[str, Any]]:
+    """The bases whose numbers are known offline, by every name that they have."""
+    bases = yaml.safe_load((resources.files("rlhf") / "bases.yaml").read_text(encoding="utf-8"))
+    return {name: entry for first, entry in bases.items() for name in (first, *entry.get("also", ()))}
+
+
+def base_config(name_or_path: str) -> PreTrainedConfig:
+    """The configuration of a base: of a folder its config.json, of a known name the published numbers.
+
+    Raises:
+        PlanError: if it is neither, nor in the cache of the Hub.
+    """
+    if not Path(name_or_path).is_dir() and name_or_path in published():
+        fields = dict(published()[name_or_path]["config"])
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    try:
+        return AutoConfig.from_pretrained(name_or_path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise PlanError(
+            f"`model_name_or_path`: the configuration of {name_or_path} is not at hand. Fetch it with `hf download "
+            f"{name_or_path} config.json`, or name a folder that has it; known offline are {', '.join(published())}."
+        ) from error
+
+
+def access(name_or_path: str) -> str | None:
+    """What a gated base asks for, and what does without; None for all others."""
+    entry = published().get(name_or_path, {})
+    if not entry.get("gated") or Path(name_or_path).is_dir():
+        return None
+    return (
+        f"{name_or_path} is gated: accept its licence on {entry['page']}, then `hf auth login` with a token of "
+        f"https://huggingface.co/settings/tokens (on Kaggle a secret HF_TOKEN). Without: {entry['ungated']}"
+    )
+
+
+def setting_of(stage: str, values: Mapping[str, Any], longest: int | None = None) -> Setting:
+    """What of a stage's configuration decides its memory."""
+    own = Setting.__dataclass_fields__
+    setting = Setting(stage=stage, **{key: value for key, value in values.items() if key in own and key != "stage"})
+    return replace(setting, longest=longest, reward_adapters=_reward_adapters(values))
+
+
+def _reward_adapters(values: Mapping[str, Any]) -> int:
+    """Those of PPO; what lies in no folder yet counts where `reward_adapter` names it."""
+    named = {values.get("reward_adapter"), *(values.get("rewards") or {})} - {None}
+    return sum(
+        name == values.get("reward_adapter") or (Path(str(name)) / "adapter_config.json").is_file() for name in named
+    )
+
+
+def nearest(
+    setting: Setting, config: PreTrainedConfig, args: ModelConfig, card: Card, local_rollout: int | None = None
+) -> dict[str, Any] | None:
+    """The changes that make a stage fit, as few as do; in the order batch, checkpointing, length, 4 bit.
+
+    Returns:
+        Keys with their new values, empty where it fits as it is, None where nothing helps.
+    """
+
+    def fits(changed: Mapping[str, Any]) -> bool:
+        tried = _changed(setting, changed)
+        return memory(tried, config, args, T4, card.number, local_rollout).total <= card.size
+
+    if fits({}):
+        return {}
+    changes: dict[str, Any] = {}
+    weights = memory(setting, config, args, T4, card.number, local_rollout).parts
+    alone = sum(weights.get(name, 0) for name in ("weights", "adapters", "gradients", "DDP buckets*", "optimiser*"))
+    if alone + CONTEXT_BYTES > card.size and not setting.load_in_4bit:
+        changes = {"load_in_4bit": True}
+    for change in _ladder(setting):
+        if fits(changes):
+            break
+        changes |= change
+    if not fits(changes):
+        return None
+    for key in list(changes):  # what turned out not to be needed
+        fewer = {other: value for other, value in changes.items() if other != key}
+        if fits(fewer):
+            changes = fewer
+    batch = changes.get("per_device_train_batch_size")
+    if batch:  # the same number of rows an optimiser step
+        rows = setting.per_device_train_batch_size * setting.gradient_accumulation_steps
+        changes["gradient_accumulation_steps"] = rows // batch
+    return changes
+
+
+def _ladder(setting: Setting) -> list[dict[str, Any]]:
+    """One change after another, each on top of those before."""
+    steps: list[dict[str, Any]] = []
+    train, held, together = (
+        setting.per_device_train_batch_size, setting.per_device_eval_batch_size, setting.generation_batch_size
+    )  # fmt: skip
+    while max(train, held, together) > 1:
+        train, held, together = max(1, train // 2), max(1, held // 2), max(1, together // 2)
+        step = {"per_device_train_batch_size": train, "per_device_eval_batch_size": held}
+        steps.append({**step, **({"generation_batch_size": together} if setting.generation_batch_size else {})})
+    if not setting.gradient_checkpointing:
+        steps.append({"gradient_checkpointing": True})
+    length = setting.max_length
+    while length // 2 >= SHORTEST:
+        length //= 2
+        steps.append({"max_length": length})
+    if not setting.load_in_4bit:
+        steps.append({"load_in_4bit": True})
+    return steps
+
+
+def _changed(setting: Setting, changes: Mapping[str, Any]) -> Setting:
+    batch = changes.get("per_device_train_batch_size", setting.per_device_train_batch_size)
+    rows = setting.per_device_train_batch_size * setting.gradient_accumulation_steps
+    return replace(setting, **changes, **({"gradient_accumulation_steps": rows // batch} if rows // batch > 1 else {}))
+
+
+# --- what `rlhf check` shows ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage's memory and time.
+
+    Attributes:
+        stage: Its name.
+        memory: None where the stage is not planned (evaluate).
+        fits: Whether it does.
+        changes: What makes it fit; None where nothing does.
+        hours: Estimated.
+        rows: What the hours are for.
+    """
+
+    stage: str
+    memory: Memory | None
+    fits: bool
+    changes: Mapping[str, Any] | None
+    hours: float
+    rows: Rows
+
+
+def visible_card() -> Card:
+    """The GPUs of this machine, else two T4s."""
+    if not torch.cuda.is_available():
+        return Card()
+    number, properties = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
+    return Card(properties.name, properties.total_memory, number, here=True)
+
+
+def plan_stages(stages: Mapping[str, Sequence[Any]], card: Card) -> list[StagePlan]:
+    """Plan the stages of a recipe, as far as they train or evaluate.
+
+    Args:
+        stages: The configurations of each stage. Those of prepare say how many rows there will be.
+        card: What they are to run on.
+
+    Raises:
+        PlanError: if the base's configuration is not at hand.
+    """
+    values = {stage: {**values_of(configs), "stage": stage} for stage, configs in stages.items()}
+    plans: list[StagePlan] = []
+    for stage in FILES:
+        if stage in stages:
+            args = next(config for config in stages[stage] if isinstance(config, ModelConfig))
+            plans.append(_plan_stage(stage, values[stage], args, values.get("prepare"), card))
+    if "evaluate" in stages:
+        args = next(config for config in stages["evaluate"] if isinstance(config, ModelConfig))
+        plans.append(_plan_evaluation(values["evaluate"], args, values.get("prepare"), card))
+    return plans
+
+
+def _plan_stage(
+    stage: str, values: dict[str, Any], args: ModelConfig, prepare: Mapping[str, Any] | None, card: Card
+) -> StagePlan:
+    config = base_config(values["model_name_or_path"])
+    lengths = _lengths(stage, values)
+    setting = setting_of(stage, values, lengths[1] if lengths else None)
+    local = None
+    if stage == "ppo":
+        local = setting.per_device_train_batch_size * setting.gradient_accumulation_steps * values["num_mini_batches"]
+    found = memory(setting, config, args, T4, card.number, local)
+    changes = nearest(setting, config, args, card, local)
+    if changes:
+        # The time is that of what would be run.
+        setting = _changed(setting, changes)
+        values = {**values, **changes}
+        found_then = memory(setting, config, args, T4, card.number, local)
+    else:
+        found_then = found
+    rows = _rows(stage, values, prepare, lengths)
+    work, gpus, length = found_then.measured, card.number, setting.length
+    decode = _token_seconds(config, work, setting.prompts(local) or (4, length), values)
+    if stage == "ppo":
+        values = {**values, "reward_adapters": setting.reward_adapters}
+        together = setting.prompts(local)
+        values["generation_batch_size"] = together[0] if together else 1
+        hours = ppo_hours(values, rows, work.train, work.evaluate, work.prefill, gpus, length, decode)
+    else:
+        hours = training_hours(values, rows, work.train, work.evaluate, gpus, length, decode)
+    return StagePlan(stage, found, found.total <= card.size, changes, hours, rows)
+
+
+def _plan_evaluation(
+    values: dict[str, Any], args: ModelConfig, prepare: Mapping[str, Any] | None, card: Card
+) -> StagePlan:
+    config = base_config(values["model_name_or_path"])
+    lengths = _lengths("sft", values)
+    length = min(values["max_length"], lengths[1] if lengths else values["max_length"])
+    setting = Setting(
+        "ppo", 1, 1, 1, length, False, values["load_in_4bit"], values["batch_size"], values["max_new_tokens"],
+        reward_adapters=0, optim="none", longest=length,
+    )  # fmt: skip
+    found = memory(setting, config, args, T4, card.number, values["batch_size"])
+    rows = _rows("sft", values, prepare, lengths)
+    prompts = (values["batch_size"], length)
+    decode = _token_seconds(config, found.measured, prompts, values)
+    hours = evaluation_hours(values, rows, found.measured.prefill, card.number, length, decode)
+    return StagePlan("evaluate", None, True, {}, hours, rows)
+
+
+def _token_seconds(
+    config: PreTrainedConfig, work: Measured, prompts: tuple[int, int], values: Mapping[str, Any]
+) -> float:
+    cache_bytes = kv_cache_bytes(config, prompts[0] * prompts[1], torch.float16)
+    kernels = (work.prefill.kernels or work.evaluate.kernels) * (0.5 if values["stage"] == "dpo" else 1)
+    return token_seconds(work.parts.weights, cache_bytes, kernels)
+
+
+def _lengths(stage: str, values: Mapping[str, Any]) -> tuple[float, int] | None:
+    """Mean and longest tokens of the rows that are prepared, the mean of a sample; None where none are, or no tokenizer."""
+    path = Path(values["dataset"]) / f"{FILES[stage]}_train.jsonl"
+    try:
+        rows = load_rows(path, values.get("max_train_rows"))
+        tokenizer = load_tokenizer(values["model_name_or_path"])
+        by_size = sorted(rows, key=lambda row: -len(json.dumps(row)))
+        sizes = [
+            [_tokens(stage, row, tokenizer) for row in some]
+            for some in (rows[:: max(1, len(rows) // SAMPLED)], by_size[:LONGEST])
+        ]
+    except (OSError, ValueError):
+        return None  # the pre-flight list says what is wrong with the rows
+    every = [size for some in sizes for size in some]
+    return (sum(sizes[0]) / len(sizes[0]), max(every)) if every else None
+
+
+def _tokens(stage: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of a whole row; for PPO of its prompt."""
+    if stage == "sft":
+        return len(sft_columns([row], tokenizer, 10**9)[0]["input_ids"])
+    if stage == "ppo":
+        return len(prompt_columns([row], tokenizer, 10**9)[0]["prompt_ids"])
+    columns = preference_columns([row], tokenizer, 10**9)[0]
+    return len(columns["prompt_ids"]) + max(len(columns["chosen_ids"]), len(columns["rejected_ids"]))
+
+
+def _rows(
+    stage: str, values: Mapping[str, Any], prepare: Mapping[str, Any] | None, lengths: tuple[float, int] | None
+) -> Rows:
+    """How many rows there are, or will be."""
+    folder = Path(values["dataset"])
+    numbers = []
+    for side, limit in (("train", "max_train_rows"), ("heldout", "max_eval_rows")):
+        path = folder / f"{FILES[stage]}_{side}.jsonl"
+        number = sum(1 for line in path.open("rb") if line.strip()) if path.is_file() else None
+        most = values.get(limit)
+        numbers.append(number if number is None or most is None else min(number, most))
+    mean = min(lengths[0], values["max_length"]) if lengths else float(values["max_length"])
+    if None not in numbers:
+        return Rows(*numbers, mean, f"{numbers[0]:,} rows" + (f" of {mean:.0f} tokens" if lengths else ""))
+    train, heldout = _rows_of_recipe(stage, prepare or {})
+    train, heldout = (min(n, values.get(k) or n) for n, k in ((train, "max_train_rows"), (heldout, "max_eval_rows")))
+    return Rows(train, heldout, mean, f"about {train:,} rows, none prepared, each taken at `max_length`")
+
+
+def _rows_of_recipe(stage: str, prepare: Mapping[str, Any]) -> tuple[int, int]:
+    """Training and held-out rows by what the stage prepare is asked for."""
+    if stage in ("reward", "dpo"):
+        return prepare.get("train_pairs", ASSUMED_ROWS), prepare.get("heldout_pairs", ASSUMED_ROWS // 10)
+    if stage == "ppo":
+        return prepare.get("train_prompts", ASSUMED_ROWS), prepare.get("heldout_prompts", 200)
+    if prepare.get("source") in ("world", "card"):
+        return prepare["train_dialogues"], prepare["heldout_dialogues"]
+    if not prepare.get("num_dialogues"):
+        return ASSUMED_ROWS, ASSUMED_ROWS // 10
+    rows = prepare["num_dialogues"] * ROWS_A_DIALOGUE
+    heldout = prepare["heldout"] * rows if prepare["heldout"] < 1 else prepare["heldout"]
+    return round(rows - heldout), round(heldout)
+
+
+def show_plan(
+    stages: Mapping[str, Sequence[Any]], console: Console | None = None, card: Card | None = None
+) -> list[str]:
+    """Print the section "plan": memory on each GPU, hours, and the nearest settings that fit.
+
+    Returns:
+        The stages that do not fit the GPUs of this machine; on a machine without, nothing is wrong yet.
+    """
+    console, card = console or Console(), card or visible_card()
+    of_model = [values_of(configs) for stage, configs in stages.items() if stage in FILES]
+    names = list(dict.fromkeys(values["model_name_or_path"] for values in of_model))
+    try:
+        plans = plan_stages(stages, card)
+    except ValueError as error:  # of the plan, or of the adapter on this base
+        console.print(Panel(Text(str(error), style="yellow"), title="plan", title_align="left", border_style="cyan"))
+        return []
+    trained = [plan for plan in plans if plan.memory is not None]
+    lines: list[Text] = []
+    for plan in trained:
+        if plan.fits:
+            continue
+        if plan.changes is None:
+            said = "does not fit at any batch, length or precision; take a smaller base"
+        else:
+            said = "does not fit. It does with " + ", ".join(
+                f"`{key}: {str(value).lower()}`" for key, value in plan.changes.items()
+            )
+        lines.append(Text(f"{plan.stage} {said}", style="bold red"))
+    lines += [Text(text, style="yellow") for text in map(access, names) if text]
+    total = sum(plan.hours for plan in plans)
+    share = total / WEEK_HOURS
+    lines.append(
+        Text(
+            f"in all {total:.1f} hours on {card.number} T4, {share:.0%} of Kaggle's {WEEK_HOURS} hours a week",
+            style="bold",
+        )
+    )
+    lines += [Text(f"{plan.stage}: {plan.rows.said}", style="dim") for plan in plans]
+    lines.append(
+        Text("* by a rule, not counted in the step. memory: GiB on each GPU; float16, LoRA in float32", style="dim")
+    )
+    lines.append(Text(RULE, style="dim"))
+    title = f"plan for {card.number} x {card.name} ({card.size / GIB:.1f} GiB each): {', '.join(names)}"
+    content = [_table(trained, plans, card), Text(), *lines] if trained else lines
+    console.print(Panel(Group(*content), title=title, title_align="left", border_style="cyan"))
+    return [plan.stage for plan in trained if not plan.fits and card.here]
+
+
+def _table(trained: Sequence[StagePlan], plans: Sequence[StagePlan], card: Card) -> Table:
+    """A column a stage, a row a part."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for plan in plans:
+        table.add_column(plan.stage, justify="right")
+    found = [plan.memory for plan in trained if plan.memory is not None]
+    blank = [""] * (len(plans) - len(trained))
+    for name in dict.fromkeys(part for each in found for part in each.parts):
+        sizes = [each.parts.get(name, 0) for each in found]
+        if any(sizes):
+            table.add_row(name, *(f"{size / GIB:.2f}" for size in sizes), *blank)
+    table.add_row("total", *(f"{each.total / GIB:.2f}" for each in found), *blank, style="bold")
+    table.add_row("at most in", *(each.phase.removeprefix("a ").removeprefix("the ") for each in found), *blank)
+    marks = [Text("fits", style="green") if plan.fits else Text("NO", style="bold red") for plan in trained]
+    table.add_row(f"of {card.size / GIB:.1f} GiB", *marks, *blank)
+    table.add_row("hours, estimated", *(f"{plan.hours:.2f}" for plan in plans))
+    table.add_row("of the week's quota", *(f"{plan.hours / WEEK_HOURS:.1%}" for plan in plans))
+    return table

@@ -599,7 +599,7 @@ _LOSSES: dict[str, Callable[[PeftModel, StepShape], Tensor]] = {
 
 # --- the whole of a stage ---------------------------------------------------------------------------------------------
 
-_FEW_LAYERS = (2, 4)  # that are run; every layer adds as much as the one before it
+_FEW_LAYERS = (2, 3)  # that are run; every layer adds as much as the one before it
 
 
 @dataclass(frozen=True)
