@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint
+
+from rlhf.checkpoints import last_valid
 
 logger = logging.getLogger(__name__)
 
@@ -393,7 +394,7 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
         return f"Probable cause: {cause}."
 
     def _last_checkpoint(self) -> str:
-        checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
+        checkpoint, _ = last_valid(Path(self.trainer.args.output_dir))
         return "There is no checkpoint yet." if checkpoint is None else f"The last checkpoint is {checkpoint}."
 
 
