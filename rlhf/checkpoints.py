@@ -17,7 +17,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from rlhf.files import is_disk_full, write_json
@@ -70,7 +69,7 @@ def train(trainer: Trainer, record: dict[str, Any], save_minutes: float | None) 
         raise RunError(checkpoints.no_space()) from error
 
 
-class Checkpoints(TrainerCallback, ExportableState):
+class Checkpoints(TrainerCallback):
     """See the module's words. The last one of a trainer's callbacks, since it closes what the others write.
 
     Args:
@@ -92,14 +91,7 @@ class Checkpoints(TrainerCallback, ExportableState):
         self.began: float | None = None  # a save, which is not finished yet
         self.ending = False
 
-    def state(self) -> dict[str, Any]:
-        """What the Trainer keeps in a checkpoint; read again in `on_train_begin`."""
-        return {"total_train_tokens": getattr(self.trainer, "_total_train_tokens", None)}
-
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        tokens = (state.stateful_callbacks or {}).get(type(self).__name__, {}).get("total_train_tokens")
-        if state.global_step and tokens is not None:
-            self.trainer._total_train_tokens = tokens  # TRL's count, which begins at 0 in each process
         if args.load_best_model_at_end and state.best_global_step:
             self._find_best(state)
         if state.is_world_process_zero:
