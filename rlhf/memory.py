@@ -349,9 +349,10 @@ def _ladder(setting: Setting) -> list[dict[str, Any]]:
 
 
 def _changed(setting: Setting, changes: Mapping[str, Any]) -> Setting:
+    """The setting with these changes; where the batch shrinks, an optimiser step keeps its number of rows."""
     batch = changes.get("per_device_train_batch_size", setting.per_device_train_batch_size)
     rows = setting.per_device_train_batch_size * setting.gradient_accumulation_steps
-    return replace(setting, **changes, **({"gradient_accumulation_steps": rows // batch} if rows // batch > 1 else {}))
+    return replace(setting, **{"gradient_accumulation_steps": rows // batch, **changes})
 
 
 # --- what `rlhf check` shows ------------------------------------------------------------------------------------------
@@ -419,15 +420,11 @@ def _plan_stage(
         local = setting.per_device_train_batch_size * setting.gradient_accumulation_steps * values["num_mini_batches"]
     found = memory(setting, config, args, T4, card.number, local)
     changes = nearest(setting, config, args, card, local)
-    if changes:
-        # The time is that of what would be run.
-        setting = _changed(setting, changes)
-        values = {**values, **changes}
-        found_then = memory(setting, config, args, T4, card.number, local)
-    else:
-        found_then = found
+    if changes:  # the time is that of what would be run
+        setting, values = _changed(setting, changes), {**values, **changes}
+    work = memory(setting, config, args, T4, card.number, local).measured
     rows = _rows(stage, values, prepare, lengths)
-    work, gpus, length = found_then.measured, card.number, setting.length
+    gpus, length = card.number, setting.length
     decode = _token_seconds(config, work, setting.prompts(local) or (4, length), values)
     if stage == "ppo":
         values = {**values, "reward_adapters": setting.reward_adapters}

@@ -154,9 +154,10 @@ def test_roles_of_each_stage() -> None:
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
 def test_layers_that_are_not_run_are_added_rightly(stage: str, checkpointing: bool, monkeypatch) -> None:
     shape = StepShape(2, 48, 16, checkpointing, accumulates=False)
-    few = measure(stage, small_llama(6), lora(), shape, prompts=(4, 32))
+    prompts = None if stage == "reward" else (4, 32)
+    few = measure(stage, small_llama(6), lora(), shape, prompts=prompts)
     monkeypatch.setattr("rlhf.meta_step._FEW_LAYERS", (99, 100))
-    whole = measure(stage, small_llama(6), lora(), shape, prompts=(4, 32))
+    whole = measure(stage, small_llama(6), lora(), shape, prompts=prompts)
     assert few.parts == whole.parts
     for name in ("train", "evaluate", "prefill"):
         ours, theirs = getattr(few, name), getattr(whole, name)
@@ -165,13 +166,14 @@ def test_layers_that_are_not_run_are_added_rightly(stage: str, checkpointing: bo
 
 
 def test_checkpointing_and_precision_show() -> None:
+    """Of the reward stage, which has no logits to drown them."""
     shape = StepShape(4, 64, 64)
     config = small_llama(6)
-    with_it = measure("sft", config, lora(), shape).train.peak
-    without = measure("sft", config, lora(), replace(shape, gradient_checkpointing=False)).train.peak
-    assert with_it < 0.7 * without
-    in_float32 = measure("sft", config, lora(), replace(shape, gradient_checkpointing=False), CPU).train.peak
-    assert without < 0.75 * in_float32
+    with_it = measure("reward", config, lora(), shape).train.peak
+    without = measure("reward", config, lora(), replace(shape, gradient_checkpointing=False)).train.peak
+    assert with_it < 0.5 * without
+    in_float32 = measure("reward", config, lora(), replace(shape, gradient_checkpointing=False), CPU).train.peak
+    assert without < 0.8 * in_float32
 
 
 def test_the_step_leaves_the_libraries_as_they_were() -> None:
@@ -211,7 +213,8 @@ def test_llama_8b_fits_in_4bit_alone() -> None:
 def test_nearest_setting_is_batch_first_and_fits_when_planned_again() -> None:
     config = small_llama(4)
     setting = Setting("sft", 16, 1, 16, 128, gradient_checkpointing=False)
-    small = memory(replace(setting, per_device_train_batch_size=4, per_device_eval_batch_size=4), config, lora()).total
+    quarter = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "gradient_accumulation_steps": 4}
+    small = memory(replace(setting, **quarter), config, lora()).total
     card = Card(size=int(small), number=2)
     changes = nearest(setting, config, lora(), card)
     assert changes is not None
