@@ -529,10 +529,11 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> Any:
 def _check_given(field: dataclasses.Field, hint: Any, given: _Given) -> Any:
     if given.folder is not None:
         checked, folder = _check(field, hint, given.value), given.folder
-        if isinstance(checked, dict):
-            named_by_path = field.name == "rewards"  # a reward is named by where it lies
+        if isinstance(checked, dict):  # keys too: a reward is named by where it lies
             resolved = {
-                _resolve(field, k, folder) if named_by_path else k: _resolve(field, v, folder) if isinstance(v, str) else v
+                os.path.normpath(folder / k) if k.startswith(("./", "../")) else k: (
+                    _resolve(field, v, folder) if isinstance(v, str) else v
+                )
                 for k, v in checked.items()
             }
             if len(resolved) < len(checked):
