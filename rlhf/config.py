@@ -117,9 +117,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     ),
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     "trust_remote_code": (False,),
-    # "wrapped" cuts samples and lets those of a row see each other; "bfd" keeps them apart (tests/test_startup.py).
-    "packing_strategy": ("bfd",),
-    "padding_free": (False,),  # by itself it does not keep to `max_length`; `packing` turns it on where it is of use
     "attn_implementation": ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"),
 }  # fmt: skip
 
@@ -742,6 +739,10 @@ def _unusable(
             reasons[key] = reason
     if asked.get("max_length", 1) is None:
         reasons["max_length"] = "must be a number of tokens: it decides which rows lose their oldest turns"
+    if asked.get("packing_strategy", "bfd") != "bfd":  # which keeps them apart: tests/test_startup.py
+        reasons["packing_strategy"] = "cuts samples, and some see parts of others; use bfd"
+    if asked.get("padding_free"):
+        reasons["padding_free"] = "does not keep to `max_length`; use packing: true, which turns it on where it may be"
     for key in (
         "gradient_checkpointing_kwargs",
         "activation_checkpointing_kwargs",
