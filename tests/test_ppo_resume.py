@@ -248,7 +248,7 @@ TORN = {
 
 @pytest.mark.parametrize("what", TORN)
 def test_a_checkpoint_that_a_kill_left_half_written_is_none(what, whole, folders, tmp_path, monkeypatch):
-    """It is written over a whole one of the same step, whose files must not complete it."""
+    """A whole one of the same step was there, whose files must not complete it."""
     source, folder = whole(), tmp_path / "run"
     killed_at(folder, source, 12, 16)
     owner, name = TORN[what]
@@ -265,7 +265,8 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_none(what, whole, folders
         patch.setattr(owner, name, kill)
         train(folder, folders, resume=folder / "checkpoint-12")
     checkpoint, damaged = last_valid(folder)
-    assert checkpoint.name == "checkpoint-12" and damaged[0].startswith("checkpoint-16 ")
+    no_manifest = ["checkpoint-16 has no manifest.json that can be read, which is written last"]
+    assert checkpoint.name == "checkpoint-12" and damaged == ([] if what == "the adapter" else no_manifest)
     with pytest.raises(ValueError, match="checkpoint-16 is not whole.*Name the checkpoint before"):
         train(folder, folders, resume=folder / "checkpoint-16")
     train(folder, folders, resume=checkpoint)
