@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from rlhf.token_logprobs import hidden_states, piece_sizes, token_logprobs
@@ -90,6 +91,45 @@ def test_half_precision_states_give_float32(inputs):
     states, head, ids, mask = inputs
     logprobs, entropy = token_logprobs(states.detach().bfloat16(), head.bfloat16(), ids, mask)
     assert logprobs.dtype == entropy.dtype == torch.float32
+
+
+class Made(TorchDispatchMode):
+    """Shapes of the float32 tensors that operations return."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype is torch.float32:
+            self.shapes.add(tuple(made.shape))
+        return made
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_head_works_in_float32_under_autocast_and_in_pieces(inputs, dtype, autocast, monkeypatch):
+    """Logits of some tens, which bfloat16 rounds by 0.06 and more; the reference is float64 on the same weights."""
+    monkeypatch.setattr("rlhf.token_logprobs._HEAD_PIECE", 3 * HIDDEN)  # 4 pieces, the last one of 2 rows
+    states, head, ids, mask = inputs
+    head = nn.Linear(HIDDEN, VOCABULARY).requires_grad_(False)
+    head.weight.mul_(40)
+    head = head.to(dtype)
+    with Made() as made, torch.autocast("cpu", autocast, enabled=autocast is not None):
+        logprobs, _ = token_logprobs(states, head, ids, mask, temperature=0.7)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), states)
+    with torch.no_grad():
+        assert torch.equal(token_logprobs(states, head, ids, mask, temperature=0.7)[0], logprobs)
+
+    logits = states.double() @ head.weight.double().T + head.bias.double()
+    copies = {shape for shape in made.shapes if HIDDEN in shape and VOCABULARY in shape}
+    assert dtype is torch.float32 or not copies  # of a head in half precision there never is more than a piece
+    expected = -cross_entropy((logits / 0.7).transpose(1, 2), ids, reduction="none") * mask
+    (its_gradient,) = torch.autograd.grad(expected.sum(), states)
+    assert logits[mask.bool()].abs().max() > 20
+    assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-4)
+    assert_close(gradient, its_gradient, rtol=1e-4, atol=1e-3)
 
 
 def test_the_head_is_never_asked_for_more_than_a_chunk(inputs):
