@@ -20,14 +20,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from scipy.stats import binomtest
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from rlhf.chat import Message, neutralise, render, render_within, stop_token_id
 from rlhf.config import plan_of, values_of
 from rlhf.data.columns import length_remedy, load_rows, preference_columns, prompt_columns, sft_columns
 from rlhf.doctor import Finding, Status
 from rlhf.facts import lemmas
-from rlhf.model import load_tokenizer, precision
+from rlhf.model import load_tokenizer, positions_problem, precision
 from rlhf.persona import with_persona
 from rlhf.record import RunError, read_record
 
@@ -126,6 +126,8 @@ def examine(stage: str, configs: Sequence[Any], unmade: Sequence[str] = ()) -> E
         tokenizer = load_tokenizer(values["model_name_or_path"])
     except (OSError, ValueError) as error:
         return Examination([*items, Item("format", False, f"`model_name_or_path`: {error}")])
+    if stage == "ppo":
+        items += _positions(values)
     try:
         by_row = {
             side: [
@@ -172,7 +174,7 @@ def _steps(stage: str, values: Mapping[str, Any], args: TrainingArguments, rows:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if stage == "ppo":
         rollout = batch * values["num_mini_batches"]
-        steps = values["total_episodes"] // rollout * values["num_mini_batches"] * values["num_ppo_epochs"]
+        steps = math.ceil(values["total_episodes"] / rollout) * values["num_mini_batches"] * values["num_ppo_epochs"]
         said = f"`total_episodes` {values['total_episodes']:,} in rollouts of {rollout}"
     elif args.max_steps > 0:
         steps, said = args.max_steps, f"`max_steps` {args.max_steps:,}"
@@ -190,6 +192,16 @@ def _steps(stage: str, values: Mapping[str, Any], args: TrainingArguments, rows:
         Item("steps", steps >= 1, said if steps >= 1 else f"{said}; nothing would be trained"),
         Item("samples", every <= steps, sampled, blocks=False),
     ]
+
+
+def _positions(values: Mapping[str, Any]) -> list[Item]:
+    """A fault where a reply to the longest prompt would leave the positions that the model knows."""
+    try:
+        config = AutoConfig.from_pretrained(values["model_name_or_path"])
+    except (OSError, ValueError) as error:
+        return [Item("positions", False, f"`model_name_or_path`: {error}")]
+    problem = positions_problem(config, values["max_length"], values["response_length"])
+    return [Item("positions", False, problem)] if problem else []
 
 
 def _unfinished(dataset: str) -> list[Item]:

@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -169,6 +170,18 @@ def trainable_to_fp32(model: nn.Module) -> int:
     for parameter in cast:
         parameter.data = parameter.data.float()
     return len(cast)
+
+
+def positions_problem(config: PreTrainedConfig, max_length: int, response_length: int) -> str | None:
+    """Why prompts and replies of these lengths, in tokens, are more than a model has positions; None where they fit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or max_length + response_length <= positions:
+        return None
+    return (
+        f"Prompts of `max_length` {max_length} and replies of {response_length} tokens (`response_length`, or a held-out "
+        f"`reference`) make {max_length + response_length}, but the model has {positions} positions. Set `max_length` to "
+        f"{max(0, positions - response_length)} or less, or shorten the replies."
+    )
 
 
 def hardware() -> dict[str, Any]:

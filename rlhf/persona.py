@@ -219,3 +219,11 @@ def with_persona(row: Mapping[str, Any]) -> list[Message]:
     if any(message["role"] == "system" for message in messages):
         raise PromptError(f"`{field}` holds a system message beside `persona`; keep one of the two")
     return [{"role": "system", "content": system}, *messages]
+
+
+def persona_and_dialogue(row: Mapping[str, Any]) -> tuple[list[str], list[Message]]:
+    """The statements of a row's persona, whichever form the row has, and the messages behind it."""
+    messages = with_persona(row)
+    if messages and messages[0]["role"] == "system":
+        return messages[0]["content"].split("\n"), messages[1:]
+    return [], messages

@@ -22,7 +22,7 @@ from rlhf.files import folder_hash
 from rlhf.generate import generate, inference, left_pad
 from rlhf.lora import save_adapter, trainable_parameters, use_adapter, with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer
-from rlhf.persona import with_persona
+from rlhf.persona import persona_and_dialogue, with_persona
 from rlhf.ppo_trainer import PPOConfig, PPOTrainer
 from rlhf.record import check_world_size, launch, relative_to, stage
 from rlhf.reward_watch import ProbeConfig, RewardWatch, load_probe
@@ -124,10 +124,11 @@ def main(
             conversations = [with_persona(row) for row in eval_rows[: data_args.num_samples]]
             replies = generate(trainer.model, tokenizer, conversations, training_args.response_length)
             rewards = rewards_of(trainer, [trainer.eval_dataset[i] for i in range(len(replies))], replies)
+            told = map(persona_and_dialogue, eval_rows)
             return [
-                {"persona": row["persona"], "messages": row["prompt"], "response": reply,
+                {"persona": persona, "messages": messages, "response": reply,
                  "reference": row.get("reference"), "rewards": given}
-                for row, reply, given in zip(eval_rows, replies, rewards, strict=False)
+                for (persona, messages), row, reply, given in zip(told, eval_rows, replies, rewards, strict=False)
             ]  # fmt: skip
 
         watch(trainer, samples, data_args.sample_steps)
@@ -143,6 +144,7 @@ def main(
         # Save
         if trainer.is_world_process_zero():
             save_adapter(trainer.model, training_args.output_dir)
+            trainer.save_critic(training_args.output_dir)
             tokenizer.save_pretrained(training_args.output_dir)
             record["result_hash"] = folder_hash(Path(training_args.output_dir))
         if reward_watch and trainer.is_world_process_zero():

@@ -38,9 +38,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from rlhf.chat import reply_text
 from rlhf.config import ConfigError
+from rlhf.files import write_bytes
 from rlhf.generate import generation_config, inference, is_stop, left_pad, response_mask, sample_replies
 from rlhf.lora import checkpoint_activations, set_trainable, use_adapter
-from rlhf.model import trainable_to_fp32
+from rlhf.model import positions_problem, trainable_to_fp32
 from rlhf.nonfinite import NonFiniteError, NonFiniteGuard
 from rlhf.persona import with_persona
 from rlhf.ppo_math import (
@@ -72,6 +73,7 @@ logger = logging.getLogger(__name__)
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_ADAPTER_FILE = "value_adapter.safetensors"
+BEST_ADAPTER_FILE = "best_adapter.safetensors"  # of a checkpoint: the one of best held-out score then
 
 
 class RatioError(RuntimeError):
@@ -149,6 +151,17 @@ class PPOConfig(TrainingArguments):
                     "(num_ppo_epochs * num_mini_batches) and must not be cut in two. Set it to "
                     f"{max(1, round(steps / self.steps_per_rollout)) * self.steps_per_rollout}."
                 )
+        if self.kl_target is not None and self.kl_coef == 0:
+            problems.append(
+                f"`kl_target` is {self.kl_target:g} and `kl_coef` 0, which is multiplied and so stays 0. Begin with a "
+                "`kl_coef` such as 0.05, or leave `kl_target` out."
+            )
+        if self.kl_target is not None and 0.2 * self.rollout_size >= self.kl_horizon:
+            problems.append(
+                f"`kl_horizon` is {self.kl_horizon}, but a rollout has {self.rollout_size} replies and moves `kl_coef` by "
+                f"up to 0.2 * {self.rollout_size} / `kl_horizon`, so that it would turn 0 or negative. Set it to "
+                f"{self.rollout_size} or more."
+            )
         if self.enable_jit_checkpoint:
             problems.append(
                 "`enable_jit_checkpoint` writes a checkpoint at once, and a rollout must not be cut in two. Delete it: "
@@ -208,7 +221,7 @@ class PPOTrainer(Trainer):
 
     Raises:
         ValueError: if a role's adapter is missing, there is nothing to reward with, two rewards have one name, a
-            weight names no reward, or a stop token is not in the vocabulary.
+            weight names no reward, a stop token is not in the vocabulary, or the model has too few positions.
     """
 
     loss_is_scaled_for_ga = True  # each micro-batch's loss is already divided by the tokens of its whole minibatch
@@ -230,6 +243,11 @@ class PPOTrainer(Trainer):
         names = [*adapters, *map(reward_name, reward_functions)]
         critic = [VALUE_ADAPTER] if args.value_model == "adapter" else []
         check_roles(model, ["default", "reference", *adapters, *critic], names, reward_weights or {})
+        _check_positions(model, args, train_dataset, args.response_length)
+        if eval_dataset is not None:
+            references = eval_dataset["reference_ids"] if "reference_ids" in eval_dataset.column_names else []
+            longest = max((len(ids) for ids in references if ids), default=0)
+            _check_positions(model, args, eval_dataset, max(longest, args.response_length))
         args = copy.copy(args)
         args.max_steps = args.total_steps  # here, not in the configuration: it depends on the number of processes
         set_trainable(model, "default")
@@ -263,6 +281,7 @@ class PPOTrainer(Trainer):
         self.generation_config = generation_config(processing_class, args.response_length, args.temperature, stop_ids)
         self._metrics: dict[str, list[float]] = {}
         self.resumed_from: Path | None = None  # the checkpoint, for callbacks with files beside it
+        self.best_adapter: Path | None = None  # the weights that each checkpoint has a copy of
         self._rollout: Rollout | None = None
         self._rollout_rows: list[dict[str, Any]] = []  # what it replies to, for those who read the replies
         self._step = -1  # the optimiser step that `_micro_step` counts in
@@ -538,27 +557,29 @@ class PPOTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Reply to the held-out prompts; the scores and the KL, and the perplexity of the reference replies."""
+        """Reply to the held-out prompts; the scores and the KL, and the perplexity of the reference replies.
+
+        All prompts are one rollout, so that deviations and variances are over all of them and depend on no batch size.
+        """
         rows = list(eval_dataset if eval_dataset is not None else self.eval_dataset)
-        rows = rows[: len(rows) // self.args.world_size * self.args.world_size]  # equal numbers, so equal collectives
-        rows = rows[self.args.process_index :: self.args.world_size]
+        rows = rows[: len(rows) // self.args.world_size * self.args.world_size]  # means of equal numbers a rank
         if not rows:
             raise ValueError(f"The held-out prompts are fewer than the {self.args.world_size} processes. Add some.")
-        size = self.args.per_device_eval_batch_size
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        num_references = sum(bool(row.get("reference_ids")) for row in rows)  # before the split: all ranks go one way
+        mine = rows[self.args.process_index :: self.args.world_size]
         log: dict[str, list[float]] = {}
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.args.seed)
-            for batch in batches:
-                self.rollout(batch, log, held_out=True)
-            metrics = {
-                f"{metric_key_prefix}_{name}": sum(v * len(b) for v, b in zip(values, batches, strict=True))
-                / len(rows)
-                for name, values in log.items()
-            }
-            if all(row.get("reference_ids") for row in rows):
-                nll = self._all_sum(torch.stack([self._reference_nll(batch) for batch in batches]).sum(0))
+            self._seed()
+            self.rollout(mine, log, held_out=True)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, (value,) in log.items()}
+            if 0 < num_references < len(rows):
+                logger.warning(
+                    "The held-out loss and perplexity are of %d of %d rows; the others have no `reference`.",
+                    num_references, len(rows),
+                )  # fmt: skip
+            if num_references:
+                nll = self._all_sum(self._reference_nll([row for row in mine if row.get("reference_ids")]))
                 metrics[f"{metric_key_prefix}_loss"] = (nll[0] / nll[1]).item()
                 metrics[f"{metric_key_prefix}_perplexity"] = math.exp(metrics[f"{metric_key_prefix}_loss"])
         self.log(metrics)
@@ -568,6 +589,8 @@ class PPOTrainer(Trainer):
     def _reference_nll(self, rows: list[dict[str, Any]]) -> Tensor:
         """Summed negative log-likelihood of the reference replies, and their number of tokens."""
         model, device = self.accelerator.unwrap_model(self.model), self.accelerator.device
+        if not rows:
+            return torch.zeros(2, device=device)
         pad = self.processing_class.pad_token_id
         with inference(model), self.accelerator.autocast():
             prompt_ids, prompt_mask = left_pad([row["prompt_ids"] for row in rows], pad, device)
@@ -594,7 +617,13 @@ class PPOTrainer(Trainer):
         if isinstance(resume_from_checkpoint, str | Path):
             self.resumed_from = Path(resume_from_checkpoint)
             self._check_checkpoint(self.resumed_from)
+        else:
+            self._seed()
         return super().train(resume_from_checkpoint, **kwargs)
+
+    def _seed(self) -> None:
+        """Random numbers of this rank's own: the Trainer seeds all alike, so that equal prompts got equal replies."""
+        torch.manual_seed(generator_of(self.args.seed, self.args.process_index).initial_seed())
 
     def _check_checkpoint(self, folder: Path) -> None:
         try:
@@ -673,12 +702,19 @@ class PPOTrainer(Trainer):
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         model = self.accelerator.unwrap_model(self.model)
         model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+        self.save_critic(folder)
+        if self.best_adapter is not None:  # a file, and now: the Trainer loads each folder with an adapter as one more
+            write_bytes(folder / BEST_ADAPTER_FILE, self.best_adapter.read_bytes())
+        self.processing_class.save_pretrained(folder)
+
+    def save_critic(self, folder: str | Path) -> None:
+        """Write the critic's weights to a file in `folder`: no one needs it to chat, but a training that goes on does."""
+        model, folder = self.accelerator.unwrap_model(self.model), Path(folder)
         if self.args.value_model == "head":
             save_file(model.get_base_model().value_head.state_dict(), folder / VALUE_HEAD_FILE)
         else:  # no folder of its own: the Trainer would load that in place of the policy
             weights = get_peft_model_state_dict(model, adapter_name=VALUE_ADAPTER, save_embedding_layers=False)
             save_file(weights, folder / VALUE_ADAPTER_FILE)
-        self.processing_class.save_pretrained(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Of every rank, before the main process writes the last file, which makes the checkpoint a whole one."""
@@ -708,6 +744,14 @@ class PPOTrainer(Trainer):
         """Means over the ranks, in one exchange."""
         stacked = torch.stack([value.detach().float() for value in values.values()])
         return dict(zip(values, self.accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
+
+
+def _check_positions(model: PeftModel, args: PPOConfig, dataset: Dataset, reply: int) -> None:
+    """Refuse prompts that leave a reply of so many tokens no place: an index error, or nonsense, in mid-run."""
+    if problem := positions_problem(model.config, args.max_length, reply):
+        longest = max(map(len, dataset["prompt_ids"]), default=0)
+        if positions_problem(model.config, longest, reply):
+            raise ConfigError([problem])
 
 
 def _ids_of(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:

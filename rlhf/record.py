@@ -302,9 +302,14 @@ def _of_probes(probes: Mapping[str, Any] | None) -> list[str]:
     if not probes:
         return []
     best, last, hacking = probes["best"], probes["last"], probes["reward_hacking"]
+    this = (
+        f"this adapter (step {last['step']})"
+        if probes["saved_step"] == last["step"]
+        else f"the one of the last step ({last['step']}; this adapter is of step {probes['saved_step']})"
+    )
     told = [
         (
-            f"Held-out probes, which no reward saw: {last['score']:.3f} for this adapter (step {last['step']}), and "
+            f"Held-out probes, which no reward saw: {last['score']:.3f} for {this}, and "
             f"{best['score']:.3f} for the best one (step {best['step']}), which is the adapter in `{best['folder']}/`."
         )
     ]

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -42,7 +43,8 @@ from rlhf.facts import STOP_WORDS
 from rlhf.facts import lemma as uncached_lemma
 from rlhf.files import folder_hash, write_json
 from rlhf.lora import save_adapter
-from rlhf.ppo_trainer import PPOTrainer
+from rlhf.persona import persona_and_dialogue
+from rlhf.ppo_trainer import BEST_ADAPTER_FILE, PPOTrainer
 from rlhf.record import read_record
 from rlhf.rewards import load_reward_function
 
@@ -51,7 +53,7 @@ lemma = functools.lru_cache(maxsize=2**16)(uncached_lemma)
 
 Probe = Callable[[Any, PreTrainedTokenizerBase], Mapping[str, Sequence[float]]]
 
-BEST = "best"  # the folder of the adapter with the best held-out score, inside the stage's and inside its checkpoints
+BEST = "best"  # the folder of the adapter with the best held-out score, inside the stage's
 
 Z_FALL = 3.0  # standard errors: the best of several probings is compared, which is the best by luck too
 Z_RISE = 2.0  # standard errors; nothing is chosen here
@@ -231,7 +233,7 @@ class RewardWatch(TrainerCallback, ExportableState):
     """Probe the policy during PPO, say when reward and probes part, and keep the adapter with the best held-out score.
 
     The scores are logged as `eval_probe/<name>`, the statistics of the replies with those of their rollout. The best
-    adapter stands in `best/`, and a copy of it in each checkpoint: a resumed run goes on with the best one of then.
+    adapter stands in `best/`, and its weights in each checkpoint: a resumed run goes on with the best one of then.
 
     Args:
         trainer: Before it trains.
@@ -258,7 +260,10 @@ class RewardWatch(TrainerCallback, ExportableState):
     def summary(self) -> dict[str, Any]:
         """What the stage's record says of the probes."""
         best, last = best_of(self.probings), self.probings[-1]
+        args, state = self.trainer.args, self.trainer.state
+        loaded = state.best_model_checkpoint if args.load_best_model_at_end else None
         return {
+            "saved_step": int(loaded.rpartition("-")[2]) if loaded else state.global_step,
             "best": {"folder": BEST, "step": best.step, "score": round(best.score, 4)},
             "last": {"step": last.step, "score": round(last.score, 4)},
             "reward_hacking": self.told,
@@ -283,11 +288,6 @@ class RewardWatch(TrainerCallback, ExportableState):
         ):
             self._probe(args, state)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        best = Path(args.output_dir) / BEST
-        if state.is_world_process_zero and best.is_dir():
-            _copy_whole(best, Path(args.output_dir) / f"checkpoint-{state.global_step}" / BEST)
-
     def _look_at_rollout(self) -> None:
         """Statistics of the replies of a new rollout, on every rank alike; logged with the trainer's own."""
         trainer, rollout = self.trainer, self.trainer._rollout
@@ -295,7 +295,7 @@ class RewardWatch(TrainerCallback, ExportableState):
         tokenizer = trainer.processing_class
         ids = [row[mask.bool()].tolist() for row, mask in zip(rollout.input_ids, rollout.mask, strict=True)]
         replies = [reply_text(row, tokenizer) for row in ids]
-        personas = [json.loads(row["row"]).get("persona") or [] for row in trainer._rollout_rows]
+        personas = [persona_and_dialogue(json.loads(row["row"]))[0] for row in trainer._rollout_rows]
         found = {name: rollout.logprobs.new_tensor(x) for name, x in reply_statistics(personas, replies).items()}
         means = trainer._mean(found)
         for name, value in means.items():
@@ -356,15 +356,19 @@ class RewardWatch(TrainerCallback, ExportableState):
             shown or "nothing that is measured here; read samples.jsonl", best.step, BEST,
         )  # fmt: skip
 
-    def _save_best(self, args: TrainingArguments) -> None:
+    def _save_best(self, args: TrainingArguments, weights: Path | None = None) -> None:
+        """The policy as it is, or of the same form with the weights in a file."""
         folder = Path(args.output_dir) / BEST
         temporary = folder.with_name(f".{BEST}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         save_adapter(self.trainer.accelerator.unwrap_model(self.trainer.model), temporary)
+        if weights is not None:
+            shutil.copyfile(weights, temporary / SAFETENSORS_WEIGHTS_NAME)
         if record := read_record(args.output_dir):  # a trainer of one's own may write none
             write_json(temporary / "metadata.json", self._record(record, temporary))
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
+        self.trainer.best_adapter = folder / SAFETENSORS_WEIGHTS_NAME
 
     def _record(self, record: Mapping[str, Any], adapter: Path) -> dict[str, Any]:
         """The stage's record as that of its best adapter, which lies one folder deeper: chat and evaluation ask for it."""
@@ -386,15 +390,6 @@ class RewardWatch(TrainerCallback, ExportableState):
 
     def _take_back_best(self, args: TrainingArguments) -> None:
         """The best adapter of the checkpoint; that of the folder may be of a step after it."""
-        kept = self.trainer.resumed_from and self.trainer.resumed_from / BEST
-        if kept and kept.is_dir():
-            _copy_whole(kept, Path(args.output_dir) / BEST)
-
-
-def _copy_whole(source: Path, target: Path) -> None:
-    """Copy a folder under a name of its own first, so that a part of a copy is never taken for a whole one."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.replace(target)
+        kept = self.trainer.resumed_from and self.trainer.resumed_from / BEST_ADAPTER_FILE
+        if kept and kept.is_file():
+            self._save_best(args, kept)

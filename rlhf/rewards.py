@@ -5,10 +5,12 @@
 policy's base scores token ids; a reward model of another base is a callable like any other.
 """
 
+import inspect
 import itertools
 import json
 import logging
 import math
+import numbers
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
@@ -216,20 +219,40 @@ def call_reward(
     """The scores that `function` gives.
 
     Raises:
-        ValueError: if they are not one finite number a reply.
+        ValueError: if it wants a column that there is not, or a column has the name of an argument; or if the scores are
+            not one number a reply that is finite in float32.
     """
-    scores = function(prompts, completions, **columns)
-    if len(scores) != len(completions):
+    name, remedy = reward_name(function), "Return one number for each reply, in their order."
+    if taken := {"prompts", "completions"} & columns.keys():
         raise ValueError(
-            f"The reward {reward_name(function)!r} gave {len(scores)} scores for {len(completions)} replies. Return "
-            "one number for each, in their order."
+            f"The data have a column called {sorted(taken)[0]!r}, which is an argument of every reward. Rename it."
         )
-    for reply, score in zip(completions, scores, strict=True):
-        if not math.isfinite(score):
+    try:
+        inspect.signature(function).bind(prompts, completions, **columns)
+    except TypeError as error:
+        raise ValueError(
+            f"The reward {name!r} cannot be called: {error}. The columns are {', '.join(columns) or 'none'}. Prepare data "
+            "that have what it needs, and let it take `**columns` for what it does not."
+        ) from error
+    given = function(prompts, completions, **columns)
+    if isinstance(given, torch.Tensor | np.ndarray):
+        given = given.tolist()
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"The reward {name!r} returned {type(given).__name__} in place of a list. {remedy}")
+    if len(given) != len(completions):
+        raise ValueError(f"The reward {name!r} gave {len(given)} scores for {len(completions)} replies. {remedy}")
+    scores = []
+    for reply, score in zip(completions, given, strict=True):
+        if isinstance(score, torch.Tensor) and score.numel() == 1:
+            score = score.item()
+        if not isinstance(score, numbers.Real):
+            raise ValueError(f"The reward {name!r} gave {score!r} for the reply {reply[:80]!r}, no number. {remedy}")
+        if not abs(score) <= torch.finfo(torch.float32).max:
             raise ValueError(
-                f"The reward {reward_name(function)!r} gave {score} for the reply {reply[:80]!r}. Return a finite number."
+                f"The reward {name!r} gave {score} for the reply {reply[:80]!r}. Return a number that is finite in float32."
             )
-    return [float(score) for score in scores]
+        scores.append(float(score))
+    return scores
 
 
 def reward_name(function: RewardFunction) -> str:

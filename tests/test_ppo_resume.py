@@ -24,12 +24,13 @@ import yaml
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerState
 
+import rlhf.ppo_trainer
 from rlhf.callbacks import MetricsFile
 from rlhf.checkpoints import Checkpoints, last_valid
 from rlhf.config import ConfigError
 from rlhf.files import read_jsonl
 from rlhf.lora import role_hash, with_adapter
-from rlhf.ppo_trainer import VALUE_ADAPTER_FILE, VALUE_HEAD_FILE, PPOConfig, PPOTrainer
+from rlhf.ppo_trainer import BEST_ADAPTER_FILE, VALUE_ADAPTER_FILE, VALUE_HEAD_FILE, PPOConfig, PPOTrainer
 from rlhf.record import read_record
 from rlhf.reward_watch import RewardWatch
 from tests.ppo_ranks import Weights, make
@@ -114,7 +115,7 @@ def rows(folder):
 def check_same(folder, source, critic, last=20):
     """Adapter, critic, optimiser, schedule, random numbers, best adapter, state of the callbacks, log up to there."""
     one, other = folder / f"checkpoint-{last}", source / f"checkpoint-{last}"
-    for name in ("adapter_model.safetensors", critic, "best/adapter_model.safetensors"):
+    for name in ("adapter_model.safetensors", critic, BEST_ADAPTER_FILE):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     # DeepSpeed keeps the optimiser in parts, one a rank.
     patterns = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "global_step*/*.pt")
@@ -239,6 +240,7 @@ def test_a_stop_and_an_evaluation_wait_too(folders, tmp_path):
 
 
 TORN = {
+    "the best adapter": (rlhf.ppo_trainer, "write_bytes"),
     "the adapter": (PeftModel, "save_pretrained"),
     "the optimiser": (PPOTrainer, "_save_optimizer_and_scheduler"),
     "the random numbers": (PPOTrainer, "_save_rng_state"),
@@ -254,9 +256,12 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_none(what, whole, folders
     owner, name = TORN[what]
     own = getattr(owner, name)
 
-    def kill(self, path, *args, **kwargs):
+    def kill(*args, **kwargs):
+        path = args[0] if name == "write_bytes" else args[1]
         if "checkpoint-16" not in str(path):
-            return own(self, path, *args, **kwargs)  # the watch saves its best adapter too
+            return own(*args, **kwargs)  # the watch saves its best adapter too
+        if name == "write_bytes":
+            path.with_name(f".{path.name}.1.tmp").write_bytes(args[1][:100])  # a kill leaves its temporary file
         if name == "save_to_json":
             Path(path).write_text('{"global_step": 16, ')
         raise Killed
@@ -277,9 +282,11 @@ def test_a_run_that_was_stopped_behind_its_last_checkpoint_takes_no_step_more(wh
     """The last checkpoint is within an epoch, of which the Trainer would begin another step."""
     source, folder = whole(), tmp_path / "run"
     killed_at(folder, source, 20)
+    (folder / "checkpoint-20" / f".{BEST_ADAPTER_FILE}.1.tmp").write_bytes(b"torn")
     trainer = trainer_in(folder, folders, resume=folder / "checkpoint-20")
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-20"))
     assert trainer.state.global_step == 20
+    assert list(trainer.model.peft_config) == ["default", "reference"]  # the best one is no further role
     trainer.save_model(folder / "end")
     for name in ("adapter_model.safetensors", VALUE_HEAD_FILE):
         assert (folder / "end" / name).read_bytes() == (source / "checkpoint-20" / name).read_bytes()
@@ -300,8 +307,10 @@ def test_a_checkpoint_of_other_rollouts_is_refused(change, message, whole, folde
     if not change:
         shutil.copy(checkpoint / "rng_state.pth", checkpoint / "rng_state_1.pth")
         (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
-    with pytest.raises(ValueError, match=message):
-        train(tmp_path / "run", folders, resume=checkpoint, **change, save_strategy="no")
+    for named in (str(checkpoint), True):  # True is the last one in the folder
+        trainer = trainer_in(tmp_path / "run", folders, **change, save_strategy="no")
+        with pytest.raises(ValueError, match=message):
+            trainer.train(resume_from_checkpoint=named)
 
 
 def test_what_would_cut_a_rollout_or_shard_the_base_is_refused_by_name(tmp_path, monkeypatch):
@@ -405,7 +414,7 @@ def kill_often(times, steps, program, folders, keys, tmp_path):
 
     def check():
         check_same(folder, whole, VALUE_HEAD_FILE, last)
-        for name in ("adapter_model.safetensors", "best/adapter_model.safetensors", "samples.jsonl"):
+        for name in ("adapter_model.safetensors", VALUE_HEAD_FILE, "best/adapter_model.safetensors", "samples.jsonl"):
             assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
         assert read_record(folder)["status"] == "done"
 

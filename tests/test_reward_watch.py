@@ -24,7 +24,7 @@ from rlhf.generate import left_pad
 from rlhf.lora import lora_config, set_trainable, with_adapter
 from rlhf.model import load_base, load_tokenizer
 from rlhf.pipeline import config_classes
-from rlhf.ppo_trainer import PPOConfig, PPOTrainer
+from rlhf.ppo_trainer import BEST_ADAPTER_FILE, PPOConfig, PPOTrainer
 from rlhf.record import base_of, model_card, read_record, stage
 from rlhf.reward_watch import TRICKS, Probing, RewardWatch, best_of, parted, reply_statistics, tricks
 from rlhf.rewards import persona_rule
@@ -324,7 +324,7 @@ def test_a_resumed_run_picks_the_same_best(step, watched, keys, train, tmp_path)
     folder = tmp_path / "resumed"
     shutil.copytree(watched.folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")
     shutil.copy(watched.folder / "metrics.jsonl", folder)
-    shutil.copytree(watched.folder / f"checkpoint-{step}" / "best", folder / "best")
+    shutil.copytree(watched.folder / "best", folder / "best")
     foreign = folder / "best" / "adapter_model.safetensors"  # of a later step of the run that was killed
     foreign.write_bytes((watched.folder / "checkpoint-24" / "adapter_model.safetensors").read_bytes())
     resumed = train("ppo", folder, **keys, resume_from_checkpoint=folder / f"checkpoint-{step}")
@@ -346,7 +346,7 @@ def test_the_best_of_the_checkpoint_is_taken_back_however_it_is_named(asked, wat
     taken = trainer.train(resume_from_checkpoint=True if asked is True else str(tmp_path / asked))
     assert taken == str(tmp_path / "checkpoint-18")
     RewardWatch(trainer, watch_of(watched).probe, every=4)._take_back_best(trainer.args)
-    expected = (watched.folder / "checkpoint-18" / "best" / "adapter_model.safetensors").read_bytes()
+    expected = (watched.folder / "checkpoint-18" / BEST_ADAPTER_FILE).read_bytes()
     assert (tmp_path / "best" / "adapter_model.safetensors").read_bytes() == expected
 
 
@@ -355,7 +355,7 @@ def test_the_state_is_in_the_checkpoint(watched):
     state = TrainerState.load_from_json(watched.folder / "checkpoint-12" / "trainer_state.json")
     assert [p["step"] for p in saved["stateful_callbacks"]["RewardWatch"]["probings"]] == [0, 4, 8, 12]
     assert state.stateful_callbacks["RewardWatch"]["told"] is None
-    kept = load_file(watched.folder / "checkpoint-12" / "best" / "adapter_model.safetensors")
+    kept = load_file(watched.folder / "checkpoint-12" / BEST_ADAPTER_FILE)
     assert kept  # the best of the first four
 
 
