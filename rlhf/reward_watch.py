@@ -277,8 +277,7 @@ class RewardWatch(TrainerCallback, ExportableState):
             if state.is_world_process_zero:
                 self._take_back_best(args)
         elif state.is_world_process_zero:
-            shutil.rmtree(Path(args.output_dir) / BEST, ignore_errors=True)
-            self._probe(args, state)
+            self._probe(args, state)  # the first is the best so far, and takes the place of another run's
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if (state.global_step - 1) % self.trainer.args.steps_per_rollout == 0:

@@ -147,9 +147,20 @@ def test_a_persona_of_which_the_user_speaks_is_said_to_be_the_users(
     )
 
 
-def test_a_rollout_larger_than_the_training_is_no_training(configs, adapter):
-    found = failed(examine("ppo", configs("ppo", sft_adapter=adapter, total_episodes=8, num_mini_batches=5)))
-    assert "nothing would be trained" in found["steps"]
+def test_the_last_rollout_is_a_whole_one(configs, adapter):
+    """8 episodes in rollouts of 4 x 5 are one rollout, of 5 minibatches and 4 epochs: as the trainer counts."""
+    asked = configs("ppo", sft_adapter=adapter, total_episodes=8, num_mini_batches=5)
+    steps = next(item.detail for item in examine("ppo", asked).items if item.name == "steps")
+    assert "in rollouts of 20: 20 optimiser steps" in steps
+
+
+def test_prompts_that_leave_a_reply_no_position_are_refused(configs, adapter):
+    """The model has 512 positions."""
+    fits = configs("ppo", sft_adapter=adapter, max_length=500, response_length=12)
+    assert "positions" not in failed(examine("ppo", fits))
+    found = failed(examine("ppo", configs("ppo", sft_adapter=adapter, max_length=505, response_length=53)))
+    assert "`max_length` 505" in found["positions"] and "53 tokens (`response_length`" in found["positions"]
+    assert "the model has 512 positions. Set `max_length` to 459 or less" in found["positions"]
 
 
 def test_an_adapter_of_another_chat_format_is_refused(configs, adapter, tiny_llama):

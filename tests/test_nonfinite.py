@@ -258,8 +258,9 @@ def test_what_the_scaler_skips_is_no_divergence(fp16, tmp_path):
     assert logged(trainer, "loss_scale") == [2.0**15, 2.0**14, 2.0**13, 2.0**12, 2.0**12, 2.0**12]
 
 
-def test_a_scale_that_cannot_fall_further_is_divergence(fp16, tmp_path):
-    trainer = fp16(make(tmp_path, save_strategy="no", max_skipped_steps=1), 4.0)
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])  # without clipping nothing has unscaled the gradients yet
+def test_a_scale_that_cannot_fall_further_is_divergence(max_grad_norm, fp16, tmp_path):
+    trainer = fp16(make(tmp_path, save_strategy="no", max_skipped_steps=1, max_grad_norm=max_grad_norm), 4.0)
     At(trainer, range(6), overflow_above(0.0))
     with pytest.raises(NonFiniteError, match="2 steps in a row had a gradient"):
         trainer.train()

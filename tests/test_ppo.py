@@ -12,22 +12,25 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, OPTConfig, OPTForCausalLM
+from torch import nn
+from transformers import AutoModelForSequenceClassification, OPTConfig, OPTForCausalLM, Trainer
 from trl import ModelConfig
 
 import rlhf.ppo_trainer
+import rlhf.roles
 from rlhf.config import ConfigError, parse
 from rlhf.data.columns import load_rows, prompt_columns
-from rlhf.files import folder_hash
+from rlhf.files import folder_hash, write_jsonl
 from rlhf.generate import left_pad
 from rlhf.lora import with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer
 from rlhf.nonfinite import NonFiniteError
+from rlhf.persona import Persona, render_prompt
 from rlhf.pipeline import config_classes
 from rlhf.ppo import add_rewards, start_of_critic
-from rlhf.ppo_trainer import VALUE_HEAD_FILE, PPOConfig, PPOTrainer, RatioError
-from rlhf.rewards import persona_rule, score_ids
-from rlhf.roles import RoleError, dropouts
+from rlhf.ppo_trainer import VALUE_ADAPTER_FILE, VALUE_HEAD_FILE, PPOConfig, PPOTrainer, RatioError
+from rlhf.rewards import RunningScale, persona_rule, score_ids
+from rlhf.roles import RoleError, RoleGuard, _in_float32, dropouts
 from rlhf.rollouts import RolloutSampler, as_batch
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +142,9 @@ def test_policy_and_critic_move_and_no_other_role(ppo_run, sft_run, reward_run):
         ({"num_train_epochs": 2.0}, "`num_train_epochs` is 2.0.*total_episodes"),
         ({"save_strategy": "steps", "save_steps": 7}, "`save_steps` is 7.*Set it to 8"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "`eval_steps` is 1.*Set it to 2"),
+        ({"kl_target": 0.1, "kl_coef": 0.0}, "`kl_target` is 0.1 and `kl_coef` 0, which is multiplied and so stays 0"),
+        # 1 + (-0.2) * 40 / 8 is 0
+        ({"kl_target": 0.1, "kl_horizon": 8, "per_device_train_batch_size": 40}, "`kl_horizon` is 8.*Set it to 40"),
     ],
 )
 def test_config_refuses(values, message, tmp_path):
@@ -188,6 +194,83 @@ def test_rollouts_of_an_epoch(tmp_path):
         assert len(used) == len(set(used)) == 24 and set(used) <= set(range(25))
         orders[epoch] = used
     assert orders[0] != orders[1]
+
+
+def test_prompts_that_leave_a_reply_no_position_are_refused(make_trainer):
+    """512 positions; `max_length` is 1024, but no prompt is longer than 100."""
+    make_trainer(response_length=400)
+    with pytest.raises(ConfigError, match="`max_length` 1024 and replies of 500 tokens .*512 positions. Set `max_length` to 12"):
+        make_trainer(response_length=500)
+
+
+def test_each_rank_has_random_numbers_of_its_own(make_trainer, monkeypatch):
+    """The Trainer seeds all ranks alike. Those of a checkpoint are in it, so that a resumed training is not seeded."""
+    trainer, drawn = make_trainer(), []
+    monkeypatch.setattr(Trainer, "train", lambda self, *args, **kwargs: drawn.append(torch.rand(3).tolist()))
+    monkeypatch.setattr(trainer, "_check_checkpoint", lambda folder: None)
+    for rank, checkpoint in ((0, None), (1, None), (0, None), (0, "checkpoint-2")):
+        monkeypatch.setattr(PPOConfig, "process_index", rank)
+        torch.manual_seed(0)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    assert drawn[0] == drawn[2] != drawn[1]
+    torch.manual_seed(0)
+    assert drawn[3] == torch.rand(3).tolist()
+
+
+def test_each_minibatch_of_a_rollout_and_epoch_is_another_part(make_trainer):
+    trainer = make_trainer(num_mini_batches=2)  # 8 episodes, 4 a minibatch
+    parts = {
+        (number, epoch): [trainer.minibatch(number, epoch, part).tolist() for part in (0, 1)]
+        for number in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert all(sorted(one + other) == list(range(8)) for one, other in parts.values())
+    assert len({str(part) for part in parts.values()}) == 4
+
+
+def test_every_setting_reaches_its_function_and_statistics_are_of_all_ranks(make_trainer, monkeypatch):
+    """One update with no setting at its default. `rollout_size` is that of three ranks, of which this one is told."""
+    seen = {}
+
+    def spy(owner, name):
+        own = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            seen.setdefault(name, []).append((args, kwargs, own(*args, **kwargs)))
+            return seen[name][-1][-1]
+
+        monkeypatch.setattr(owner, name, call)
+
+    settings = {"temperature": 0.7, "gamma": 0.9, "lam": 0.8, "cliprange": 0.11, "cliprange_value": 0.33, "vf_coef": 0.7}
+    trainer = make_trainer(
+        **settings, whiten_rewards=True, normalize_rewards=True, kl_target=1e-6, kl_horizon=100, kl_coef=0.3,
+        total_episodes=4, num_ppo_epochs=1, generation_batch_size=3,
+    )  # fmt: skip
+    assert not any(parameter.any() for parameter in trainer.model.get_base_model().value_head.parameters())
+    for name in ("masked_whiten", "advantages_and_returns", "explained_variance", "policy_loss", "value_loss",
+                 "adapted_kl_coef", "sample_replies"):  # fmt: skip
+        spy(rlhf.ppo_trainer, name)
+    spy(rlhf.roles, "token_logprobs")
+    spy(RunningScale, "add")
+    spy(trainer, "compute_loss")
+    monkeypatch.setattr(PPOConfig, "rollout_size", property(lambda self: 3 * self.local_rollout_size))
+    torch.manual_seed(0)
+    trainer._initial_global_step = 0
+    trainer.create_optimizer()
+    trainer.training_step(trainer.accelerator.prepare(trainer.model), some_rows(trainer))
+
+    rewards, advantages = seen["masked_whiten"]
+    assert rewards[1] == {"shift_mean": False, "all_sum": trainer._all_sum}
+    assert advantages[1] == {"all_sum": trainer._all_sum}
+    ((estimated, _, _),) = seen["advantages_and_returns"]
+    assert estimated[0] is rewards[2] and estimated[3:] == (0.9, 0.8)
+    assert seen["explained_variance"][0][0][3] == trainer._all_sum and seen["add"][0][0][2] == trainer._all_sum
+    assert seen["adapted_kl_coef"][0][0][2:] == (1e-6, 12, 100)  # 4 episodes on each of three ranks
+    assert seen["sample_replies"][0][0][3] == 3 and seen["sample_replies"][0][0][2].temperature == 0.7
+    assert [call[0][4] for call in seen["token_logprobs"]] == [0.7] * 3  # policy, reference, update
+    of_policy, of_critic = seen["policy_loss"][0], seen["value_loss"][0]
+    assert of_policy[0][4] == 0.11 and of_critic[0][4] == 0.33 and of_critic[2] > 0
+    assert seen["compute_loss"][0][2].item() == pytest.approx((of_policy[2] + 0.7 * of_critic[2]).item())
 
 
 def test_too_few_prompts_for_a_rollout(make_trainer):
@@ -434,6 +517,9 @@ def test_any_stop_token_ends_a_reply(make_trainer, monkeypatch):
     replies = [ids[mask.bool()].tolist() for ids, mask in zip(rollout.input_ids, rollout.mask, strict=True)]
     stopped = [reply[-1] in trainer.stop_ids for reply in replies]
     assert any(reply[-1] == stop for reply in replies) and not all(stopped)
+    width = rollout.mask.shape[1] - 6
+    behind = rollout.input_ids[:, width:][rollout.mask[:, width:] == 0]
+    assert len(behind) and (behind == trainer.processing_class.pad_token_id).all()  # not sampled on and masked
     for reply, ended, score in zip(replies, stopped, scores.tolist(), strict=True):
         assert not set(reply[:-1]) & set(trainer.stop_ids)
         assert (score >= 0) is ended  # the length is never negative and at most 5
@@ -490,6 +576,52 @@ def test_ratio_check_stops_and_names_the_cause(tamper, cause, make_trainer):
     tamper(trainer)
     with pytest.raises(RatioError, match=cause):
         trainer.train()
+
+
+def test_ratio_is_one_under_autocast_too(make_trainer):
+    """Logits of some tens, by a head that is scaled up: rounded to bfloat16 they put ratios off by more than 0.01."""
+    trainer = make_trainer(bf16=True, head_scale=30.0, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    furthest, check = [], trainer._check_ratio
+
+    def measure(logprobs, batch):
+        ratio = rlhf.ppo_trainer.probability_ratio(logprobs.detach(), batch.logprobs, batch.mask[:, 1:])
+        furthest.append((ratio - 1).abs().max().item())
+        check(logprobs, batch)
+
+    trainer._check_ratio = measure
+    trainer.train()
+    assert trainer.accelerator.mixed_precision == "bf16" and len(furthest) == 4
+
+
+# Held out
+
+
+def test_held_out_numbers_are_over_all_rows_and_depend_on_nothing_else(make_trainer, caplog):
+    """No batch size, no random numbers before it; the perplexity is of the rows that have a reference."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"what number {n} do you like ?"}], "persona": ["i like numbers ."]}
+        for n in range(6)
+    ]
+    for row in rows[::2]:
+        row["reference"] = "i like " + row["prompt"][0]["content"][12] * 3 + " ."
+    trainer = make_trainer()
+    nn.init.ones_(trainer.model.get_base_model().value_head.bias)
+
+    def evaluated(rows, size, seed):
+        trainer.args.per_device_eval_batch_size = size
+        torch.manual_seed(seed)
+        metrics = trainer.evaluate(prompt_columns(rows, trainer.processing_class, 256))
+        return metrics, torch.rand(1).item()
+
+    metrics, drawn = evaluated(rows, 6, 1)
+    assert evaluated(rows, 1, 2)[0] == metrics and metrics["eval_rewards/length/std"] > 0
+    torch.manual_seed(1)
+    assert drawn == torch.rand(1).item()  # the training goes on with its own
+    assert "perplexity are of 3 of 6 rows" in caplog.text
+    alone, _ = evaluated(rows[::2], 6, 1)
+    assert metrics["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+    none, _ = evaluated(rows[1::2], 6, 1)
+    assert "eval_loss" not in none
 
 
 # Gradients
@@ -572,6 +704,14 @@ def test_the_critic_starts_as_the_reward_model(with_critic, reward_run, tiny_lla
         assert values == pytest.approx(score_ids(alone, [ids[: len(ids) - size + t] for t in range(size)]), abs=1e-5)
 
 
+def test_the_critics_head_works_in_float32_under_autocast():
+    torch.manual_seed(0)
+    head, states = nn.Linear(16, 1), torch.randn(4, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = _in_float32(head, states)
+    assert torch.equal(values, head(states).squeeze(-1))
+
+
 def test_a_critic_of_its_own_is_trained_saved_and_loaded(with_critic, tmp_path):
     trainer = with_critic(total_episodes=16)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
@@ -628,6 +768,11 @@ def test_a_frozen_role_that_was_changed_is_named(make_trainer):
             weight.data += 1e-6
         return rollout(*args)
 
+    guard = RoleGuard(trainer.model, ["reference"])
+    guard.on_train_begin(trainer.args, trainer.state, trainer.control)
+    weights[0].data += 1e-6
+    with pytest.raises(RoleError, match="The adapter reference is frozen"):
+        guard.on_save(trainer.args, trainer.state, trainer.control)
     trainer.rollout = tampering
     with pytest.raises(RoleError, match=r"The adapter reference, reward_2 is frozen.*found at step 4"):
         trainer.train()
@@ -803,16 +948,29 @@ def test_tokens_are_counted(ppo_run):
 def test_the_script_takes_a_mixture_and_an_adapter_as_critic(
     train, tiny_llama, tiny_qwen2, dataset, sft_run, reward_run, tmp_path
 ):
+    data = tmp_path / "data"  # of every form that a prompt may have: with a persona, without one, and as text
+    shutil.copytree(dataset, data)
+    (data / "metadata.json").unlink()
+    for path in data.glob("prompts_*.jsonl"):
+        rows = load_rows(path)
+        rows[0].pop("persona")
+        rows[1]["prompt"] = render_prompt(Persona(tuple(rows[1].pop("persona"))), rows[1]["prompt"])
+        write_jsonl(path, rows)
     judge = tmp_path / "judge"  # a model of another base
     AutoModelForSequenceClassification.from_pretrained(tiny_qwen2, num_labels=1).save_pretrained(judge)
     load_tokenizer(str(tiny_qwen2)).save_pretrained(judge)
     rewards = {str(reward_run.folder): 0.5, "rlhf.rewards:persona_rule": 2.0, str(judge): 0.25}
     run = train(
-        "ppo", tmp_path / "ppo", model_name_or_path=tiny_llama, dataset=dataset, sft_adapter=sft_run.folder,
+        "ppo", tmp_path / "ppo", model_name_or_path=tiny_llama, dataset=data, sft_adapter=sft_run.folder,
         rewards=json.dumps(rewards), value_model="adapter", total_episodes=4, eval_strategy="no", save_strategy="no",
         load_best_model_at_end=False, metric_for_best_model=None, gradient_checkpointing=True,
     )  # fmt: skip
     assert {name.split(".")[-2] for name in run.moved()} == {"default", "critic"}
+    saved = load_file(run.folder / VALUE_ADAPTER_FILE)  # beside the policy, for a training that goes on
+    trained = get_peft_model_state_dict(run.trainer.model, adapter_name="critic")
+    assert saved.keys() == trained.keys() and all(torch.equal(saved[name], trained[name]) for name in saved)
+    told = run.rows("samples.jsonl")
+    assert [sample["persona"] for sample in told[:2]] == [[], load_rows(dataset / "prompts_heldout.jsonl")[1]["persona"]]
     row = next(row for row in run.rows("metrics.jsonl") if "objective/scores" in row)
     total = (
         0.5 * row["rewards/reward/mean"] + 2.0 * row["rewards/persona_rule/mean"] + 0.25 * row["rewards/judge/mean"]

@@ -149,6 +149,11 @@ def test_k3_by_hand():
     assert_close(found, torch.tensor([1 - math.log(2), math.log(2) - 0.5]))
 
 
+def test_k3_of_a_token_that_left_the_reference_is_held_at_a_log_ratio_of_20():
+    found = kl_k3(torch.tensor([-200.0, 200.0]), torch.zeros(2))
+    assert_close(found, torch.tensor([math.exp(20) - 21, math.exp(-20) + 19]))
+
+
 def example():
     """Random arguments of the two losses, and a mask with a short row, a late row and an empty one."""
     torch.manual_seed(0)

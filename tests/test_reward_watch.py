@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from rlhf.files import folder_hash, write_jsonl
 from rlhf.generate import left_pad
 from rlhf.lora import lora_config, set_trainable, with_adapter
 from rlhf.model import load_base, load_tokenizer
+from rlhf.persona import Persona, render_prompt
 from rlhf.pipeline import config_classes
 from rlhf.ppo_trainer import BEST_ADAPTER_FILE, PPOConfig, PPOTrainer
 from rlhf.record import base_of, model_card, read_record, stage
@@ -149,6 +151,25 @@ def test_every_trick_has_a_name():
     assert tricks(calm, calm) == []
     both = tricks(calm, {**calm, "reply/copied": 0.6, "reply/same": 0.9})
     assert [trick.name for trick in both] == ["collapse", "copying"]  # 9 and 3 times their limits
+
+
+@pytest.mark.parametrize(
+    ("name", "statistic", "within", "beyond"),
+    [
+        ("longer replies", "reply/words", 7.4, 7.6),  # 1.25 times 6
+        ("shorter replies", "reply/words", 4.9, 4.7),  # 0.8 times
+        ("repetition", "reply/repetition", 0.04, 0.06),  # 0.05 more than 0
+        ("copying", "reply/copied", 0.44, 0.46),  # 0.15 more than 0.3
+        ("reciting", "reply/facts", 0.24, 0.26),  # 1.25 times 0.2
+        ("keyword overlap", "reply/persona_words", 0.28, 0.29),  # 1.15 times 0.25
+        ("collapse", "reply/same", 0.09, 0.11),
+    ],
+)
+def test_a_trick_is_named_from_its_limit_on(name, statistic, within, beyond):
+    calm = {"reply/words": 6.0, "reply/repetition": 0.0, "reply/copied": 0.3, "reply/facts": 0.2,
+            "reply/persona_words": 0.25, "reply/same": 0.0}  # fmt: skip
+    assert tricks(calm, {**calm, statistic: within}) == []
+    assert [trick.name for trick in tricks(calm, {**calm, statistic: beyond})] == [name]
 
 
 def test_the_best_is_the_first_of_equals():
@@ -295,6 +316,12 @@ def test_the_best_adapter_is_kept_beside_the_last(watched, tiny_llama):
     assert probes["best"] == {"folder": "best", "step": best, "score": round(waves[best], 4)}
     assert probes["last"] == {"step": 28, "score": round(waves[28], 4)} and probes["reward_hacking"] is None
     card = (watched.folder / "MODEL_CARD.md").read_text()
+    assert f"{waves[28]:.3f} for this adapter (step 28), and" in card
+    args = SimpleNamespace(load_best_model_at_end=True)
+    state = SimpleNamespace(best_model_checkpoint="somewhere/checkpoint-12", global_step=28)
+    loaded = RewardWatch(watched.trainer, lambda model, tokenizer: {}, every=4)
+    loaded.trainer, loaded.probings = SimpleNamespace(args=args, state=state), watch_of(watched).probings
+    assert loaded.summary()["saved_step"] == 12 and probes["saved_step"] == 28
     assert f"{waves[best]:.3f} for the best one (step {best}), which is the adapter in `best/`" in card
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     kept = PeftModel.from_pretrained(base, watched.folder / "best")
@@ -350,6 +377,32 @@ def test_the_best_of_the_checkpoint_is_taken_back_however_it_is_named(asked, wat
     assert (tmp_path / "best" / "adapter_model.safetensors").read_bytes() == expected
 
 
+def test_the_last_step_is_probed_too(watched):
+    watch, probed = RewardWatch(watched.trainer, lambda model, tokenizer: {}, every=8), []
+    watch._probe = lambda args, state: probed.append(state.global_step)
+    watch._look_at_rollout = lambda: None
+    for step in range(1, 29):
+        watch.on_step_end(watched.trainer.args, TrainerState(global_step=step, max_steps=28), None)
+    assert probed == [8, 16, 24, 28]
+
+
+def test_a_persona_in_the_text_of_a_prompt_is_seen(watched, monkeypatch):
+    """The same rollout to the same prompts in both forms. Replies are set to the persona's first sentence."""
+    trainer = watched.trainer
+    rows = [json.loads(row["row"]) for row in trainer._rollout_rows]
+    as_text = [{"prompt": render_prompt(Persona(tuple(row["persona"])), row["prompt"])} for row in rows]
+    said = iter([row["persona"][0] for row in rows] * 2)
+    monkeypatch.setattr("rlhf.reward_watch.reply_text", lambda ids, tokenizer: next(said))
+    seen = []
+    for form in (rows, as_text):
+        monkeypatch.setattr(trainer, "_rollout_rows", [{"row": json.dumps(row)} for row in form])
+        monkeypatch.setattr(trainer, "_metrics", {"rewards/reward/mean": [0.0], "objective/kl": [0.0]})
+        watch = RewardWatch(trainer, lambda model, tokenizer: {}, every=4)
+        watch._look_at_rollout()
+        seen.append(watch.window[-1])
+    assert seen[0] == seen[1] and seen[1]["reply/copied"] > 0.5 and seen[1]["reply/facts"] > 0.2
+
+
 def test_the_state_is_in_the_checkpoint(watched):
     saved = json.loads((watched.folder / "checkpoint-12" / "trainer_state.json").read_text())
     state = TrainerState.load_from_json(watched.folder / "checkpoint-12" / "trainer_state.json")
@@ -381,7 +434,9 @@ def test_a_probe_changes_no_random_number_of_the_training(watched, monkeypatch):
 def test_the_card_tells_of_a_hack(watched):
     record = watched.metadata()
     record["probes"]["reward_hacking"] = {"step": 80, "named": ["reciting", "copying"], "probes": [0.9, 0.5]}
+    record["probes"]["saved_step"] = 12  # of `load_best_model_at_end`
     card = model_card(record)
+    assert "for the one of the last step (28; this adapter is of step 12)" in card
     assert "REWARD HACKING was found at step 80 (reciting, copying)" in card and "from 0.900 to 0.500" in card
     del record["probes"]
     assert "probes, which no reward saw" not in model_card(record)

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,6 +25,7 @@ from rlhf.record import RunError, movable, stage
 from rlhf.rewards import (
     RewardModel,
     RunningScale,
+    call_reward,
     check_reward_card,
     load_reward_function,
     persona_rule,
@@ -423,3 +425,53 @@ def test_scores_that_never_vary_are_only_centred():
     scale = RunningScale()
     scale.add(torch.tensor([3.0, 3.0]), lambda x: x)
     assert scale.normalised(torch.tensor([3.0, 4.0])).tolist() == [0.0, 1.0]
+
+
+# Callables that are not rewards
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "'reward' returned NoneType in place of a list. Return one number for each reply"),
+        ((x for x in [1.0, 2.0]), "returned generator in place of a list"),
+        ("ab", "returned str in place of a list"),
+        ({0: 1.0, 1: 2.0}, "returned dict in place of a list"),
+        ([None, 1.0], "'reward' gave None for the reply 'one', no number"),
+        ([1.0, "2"], "gave '2' for the reply 'two', no number"),
+        ([[1.0], [2.0]], r"gave \[1.0\] for the reply 'one', no number"),
+        ([1.0], "gave 1 scores for 2 replies"),
+        ([1.0, 1e39], "gave 1e\\+39 for the reply 'two'. Return a number that is finite in float32"),
+        ([float("nan"), 1.0], "gave nan for the reply 'one'"),
+    ],
+)
+def test_what_is_no_number_a_reply_is_refused_by_the_name_of_the_reward(given, message):
+    def reward(prompts, completions, **columns):
+        return given
+
+    with pytest.raises(ValueError, match=message):
+        call_reward(reward, [[], []], ["one", "two"], {})
+
+
+@pytest.mark.parametrize("given", [[1, True], (1.0, 1.0), torch.ones(2), np.ones(2), [np.float32(1), torch.tensor(1.0)]])
+def test_numbers_of_any_library_are_scores(given):
+    def reward(prompts, completions, **columns):
+        return given
+
+    scores = call_reward(reward, [[], []], ["one", "two"], {})
+    assert scores == [1.0, 1.0] and {type(score) for score in scores} == {float}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"kind": [1]}, "'reward' cannot be called: missing a required argument: 'value'. The columns are kind"),
+        ({"value": [1], "completions": ["x"]}, "a column called 'completions', which is an argument of every reward"),
+    ],
+)
+def test_columns_that_do_not_fit_are_named(columns, message):
+    def reward(prompts, completions, value, **columns):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=message):
+        call_reward(reward, [[]], ["one"], columns)
