@@ -219,13 +219,14 @@ def call_reward(
     """The scores that `function` gives.
 
     Raises:
-        ValueError: if it wants a column that there is not, or a column has the name of an argument; or if the scores are
-            not one number a reply that is finite in float32.
+        TypeError: if what it gives is no list of numbers.
+        ValueError: if it wants a column that there is not, or a column has the name of an argument; or if there is not
+            one score a reply that is finite in float32.
     """
     name, remedy = reward_name(function), "Return one number for each reply, in their order."
     if taken := {"prompts", "completions"} & columns.keys():
         raise ValueError(
-            f"The data have a column called {sorted(taken)[0]!r}, which is an argument of every reward. Rename it."
+            f"The data have a column called {min(taken)!r}, which is an argument of every reward. Rename it."
         )
     try:
         inspect.signature(function).bind(prompts, completions, **columns)
@@ -238,7 +239,7 @@ def call_reward(
     if isinstance(given, torch.Tensor | np.ndarray):
         given = given.tolist()
     if not isinstance(given, list | tuple):
-        raise ValueError(f"The reward {name!r} returned {type(given).__name__} in place of a list. {remedy}")
+        raise TypeError(f"The reward {name!r} returned {type(given).__name__} in place of a list. {remedy}")
     if len(given) != len(completions):
         raise ValueError(f"The reward {name!r} gave {len(given)} scores for {len(completions)} replies. {remedy}")
     scores = []
@@ -246,7 +247,7 @@ def call_reward(
         if isinstance(score, torch.Tensor) and score.numel() == 1:
             score = score.item()
         if not isinstance(score, numbers.Real):
-            raise ValueError(f"The reward {name!r} gave {score!r} for the reply {reply[:80]!r}, no number. {remedy}")
+            raise TypeError(f"The reward {name!r} gave {score!r} for the reply {reply[:80]!r}, no number. {remedy}")
         if not abs(score) <= torch.finfo(torch.float32).max:
             raise ValueError(
                 f"The reward {name!r} gave {score} for the reply {reply[:80]!r}. Return a number that is finite in float32."

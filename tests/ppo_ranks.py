@@ -106,10 +106,30 @@ def learn(out, folders, path):
     return logged
 
 
+def sample(out, folders):
+    """A rollout of this rank's own, to prompts that are the same on both; held-out rows of which rank 0's have a reference."""
+    trainer = make(
+        folders, out / "sampled", kl_target=1e-6, kl_horizon=100, normalize_rewards=True, whiten_rewards=True
+    )
+    torch.manual_seed(2)
+    torch.nn.init.normal_(trainer.model.get_base_model().value_head.weight)
+    trainer._seed()
+    log = {}
+    rollout = trainer.rollout([trainer.train_dataset[index] for index in range(8)], log)
+    tensors = {name: tensor.contiguous() for name, tensor in vars(rollout).items()}
+    save_file(tensors, out / f"sampled_{trainer.args.process_index}.safetensors")
+    rows = load_rows(Path(folders["data"]) / "prompts_heldout.jsonl")[:4]
+    for row in rows[1::2]:
+        row.pop("reference")
+    held_out = trainer.evaluate(prompt_columns(rows, trainer.processing_class, 256))
+    state = trainer.ppo_state
+    return {"log": log, "held_out": held_out, "kl_coef": state.kl_coef, "scale": vars(state.scales["letters"])}
+
+
 def main(settings):
     """Train, break, and write what came out of this rank."""
     out, folders, path = Path(settings["out"]), settings["folders"], settings["rollout"]
-    report = {} if settings["deepspeed"] else learn(out, folders, path)
+    report = {} if settings["deepspeed"] else {**learn(out, folders, path), "sampled": sample(out, folders)}
 
     # One micro-batch of rank 1 is broken: the first of two in step 1, the second of two in steps 2 and 3.
     trainer = make(folders, out / "broken", max_skipped_steps=2, optim="adamw_torch", weight_decay=0.1)

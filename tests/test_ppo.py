@@ -199,7 +199,9 @@ def test_rollouts_of_an_epoch(tmp_path):
 def test_prompts_that_leave_a_reply_no_position_are_refused(make_trainer):
     """512 positions; `max_length` is 1024, but no prompt is longer than 100."""
     make_trainer(response_length=400)
-    with pytest.raises(ConfigError, match="`max_length` 1024 and replies of 500 tokens .*512 positions. Set `max_length` to 12"):
+    with pytest.raises(
+        ConfigError, match="`max_length` 1024 and replies of 500 tokens .*512 positions. Set `max_length` to 12"
+    ):
         make_trainer(response_length=500)
 
 
@@ -241,7 +243,14 @@ def test_every_setting_reaches_its_function_and_statistics_are_of_all_ranks(make
 
         monkeypatch.setattr(owner, name, call)
 
-    settings = {"temperature": 0.7, "gamma": 0.9, "lam": 0.8, "cliprange": 0.11, "cliprange_value": 0.33, "vf_coef": 0.7}
+    settings = {
+        "temperature": 0.7,
+        "gamma": 0.9,
+        "lam": 0.8,
+        "cliprange": 0.11,
+        "cliprange_value": 0.33,
+        "vf_coef": 0.7,
+    }
     trainer = make_trainer(
         **settings, whiten_rewards=True, normalize_rewards=True, kl_target=1e-6, kl_horizon=100, kl_coef=0.3,
         total_episodes=4, num_ppo_epochs=1, generation_batch_size=3,
@@ -970,7 +979,10 @@ def test_the_script_takes_a_mixture_and_an_adapter_as_critic(
     trained = get_peft_model_state_dict(run.trainer.model, adapter_name="critic")
     assert saved.keys() == trained.keys() and all(torch.equal(saved[name], trained[name]) for name in saved)
     told = run.rows("samples.jsonl")
-    assert [sample["persona"] for sample in told[:2]] == [[], load_rows(dataset / "prompts_heldout.jsonl")[1]["persona"]]
+    assert [sample["persona"] for sample in told[:2]] == [
+        [],
+        load_rows(dataset / "prompts_heldout.jsonl")[1]["persona"],
+    ]
     row = next(row for row in run.rows("metrics.jsonl") if "objective/scores" in row)
     total = (
         0.5 * row["rewards/reward/mean"] + 2.0 * row["rewards/persona_rule/mean"] + 0.25 * row["rewards/judge/mean"]

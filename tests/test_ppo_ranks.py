@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -109,6 +110,38 @@ def test_a_mean_of_the_ranks_own_means_would_not_be_that(folders, recorded, tmp_
 def test_a_critic_that_drifts_on_one_rank_is_found_at_the_next_save(value_model, ranks):
     for report in ranks[1]:
         assert report["drift"][value_model].startswith("The ranks have drifted apart")
+
+
+def test_statistics_of_a_rollout_are_over_both_ranks(ranks):
+    """Each rank's own replies to the same prompts, and numbers by numpy over the tokens of both."""
+    out, reports = ranks
+    one, other = (load_file(out / f"sampled_{rank}.safetensors") for rank in (0, 1))
+    sampled, logs = [report["sampled"] for report in reports], [report["sampled"]["log"] for report in reports]
+    said = [
+        [row[mask.bool()].tolist() for row, mask in zip(r["input_ids"], r["mask"], strict=True)] for r in (one, other)
+    ]
+    assert sum(map(list.__ne__, *said)) > 4  # ranks draw numbers of their own
+
+    def tokens(name):
+        return [rollout[name][rollout["mask"][:, 1:].bool()].double().numpy() for rollout in (one, other)]
+
+    own, both = tokens("advantages"), np.concatenate(tokens("advantages"))
+    assert both.mean() == pytest.approx(0, abs=1e-5) and both.std(ddof=1) == pytest.approx(1, abs=1e-4)
+    assert abs(own[0].mean()) > 1e-3  # which its own whitening would make 0
+    values, returns = (np.concatenate(tokens(name)) for name in ("values", "returns"))
+    explained = 1 - (returns - values).var() / returns.var()
+    for log in logs:
+        assert log["val/explained_variance"] == [pytest.approx(explained, rel=1e-3)] and abs(explained) > 0.01
+        assert log["rewards/letters/mean"] == logs[0]["rewards/letters/mean"]
+    for state in sampled:
+        assert state["scale"] == sampled[0]["scale"] and state["scale"]["count"] == 16
+        assert state["scale"]["mean"] == pytest.approx(logs[0]["rewards/letters/mean"][0], abs=1e-5)
+        assert state["kl_coef"] == pytest.approx(0.05 * (1 + 0.2 * 16 / 100))  # far above the target
+
+
+def test_held_out_rows_of_which_one_rank_has_no_reference_are_measured(ranks):
+    metrics = [report["sampled"]["held_out"] for report in ranks[1]]
+    assert metrics[0] == metrics[1] and metrics[0]["eval_loss"] > 0
 
 
 def check_skipped(out, reports):
