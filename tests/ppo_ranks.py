@@ -120,7 +120,7 @@ def sample(out, folders):
     save_file(tensors, out / f"sampled_{trainer.args.process_index}.safetensors")
     rows = load_rows(Path(folders["data"]) / "prompts_heldout.jsonl")[:4]
     for row in rows[1::2]:
-        row.pop("reference")
+        row.pop("reference", None)
     held_out = trainer.evaluate(prompt_columns(rows, trainer.processing_class, 256))
     state = trainer.ppo_state
     return {"log": log, "held_out": held_out, "kl_coef": state.kl_coef, "scale": vars(state.scales["letters"])}
