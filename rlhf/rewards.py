@@ -242,7 +242,7 @@ def call_reward(
         raise TypeError(f"The reward {name!r} returned {type(given).__name__} in place of a list. {remedy}")
     if len(given) != len(completions):
         raise ValueError(f"The reward {name!r} gave {len(given)} scores for {len(completions)} replies. {remedy}")
-    scores = []
+    scores: list[Any] = []
     for reply, score in zip(completions, given, strict=True):
         if isinstance(score, torch.Tensor) and score.numel() == 1:
             score = score.item()

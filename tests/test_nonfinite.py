@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -362,12 +361,5 @@ def test_what_one_rank_finds_all_skip(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_under_zero_2_too(tmp_path, extensions):
     """DeepSpeed steps within its backward pass; its own way of dropping an overflow is taken there."""
-    config = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "use_cpu": True, "num_machines": 1,
-        "num_processes": 2, "machine_rank": 0, "mixed_precision": "no", "main_training_function": "main",
-        "deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": 2, "offload_optimizer_device": "none",
-                             "offload_param_device": "none", "zero3_init_flag": False},
-    }  # fmt: skip
-    (tmp_path / "two_zero2.yaml").write_text(yaml.safe_dump(config))
     env = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(extensions)}
-    check_ranks(launch(tmp_path, tmp_path / "two_zero2.yaml", env))
+    check_ranks(launch(tmp_path, ROOT / "accelerate_configs" / "two_t4_zero2.yaml", env))

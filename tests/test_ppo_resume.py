@@ -465,16 +465,15 @@ def test_two_ranks_killed_at_random_moments(folders, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_two_ranks_under_zero_2_go_on_to_the_bit(folders, tmp_path, extensions, monkeypatch):
     """4 rollouts of 8 episodes, 8 steps, the last rollout in the second epoch; resumed by new processes from step 4."""
-    config = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "use_cpu": True, "num_machines": 1,
-        "num_processes": 2, "machine_rank": 0, "mixed_precision": "no", "main_training_function": "main",
-        "deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": 2, "offload_optimizer_device": "none",
-                             "offload_param_device": "none", "zero3_init_flag": False},
-    }  # fmt: skip
-    (tmp_path / "two_zero2.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
-    program = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two_zero2.yaml")]
+    program = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "accelerate_configs" / "two_t4_zero2.yaml"),
+    ]
     program += ["--main_process_port", "0"]
     keys, whole, resumed = {**KEYS, "total_episodes": 32}, tmp_path / "whole", tmp_path / "resumed"
     assert script(whole, program, folders, keys)
