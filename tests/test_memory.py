@@ -215,7 +215,7 @@ def test_nearest_setting_is_batch_first_and_fits_when_planned_again() -> None:
     setting = Setting("sft", 16, 1, 16, 128, gradient_checkpointing=False)
     quarter = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "gradient_accumulation_steps": 4}
     small = memory(replace(setting, **quarter), config, lora()).total
-    card = Card(size=int(small), number=2)
+    card = Card(size=int(small) + 1, number=2)
     changes = nearest(setting, config, lora(), card)
     assert changes is not None
     assert changes["per_device_train_batch_size"] == 4 and changes["gradient_accumulation_steps"] == 4
