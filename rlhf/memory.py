@@ -501,8 +501,9 @@ def _rows(
         most = values.get(limit)
         numbers.append(number if number is None or most is None else min(number, most))
     mean = min(lengths[0], values["max_length"]) if lengths else float(values["max_length"])
-    if None not in numbers:
-        return Rows(*numbers, mean, f"{numbers[0]:,} rows" + (f" of {mean:.0f} tokens" if lengths else ""))
+    train, heldout = numbers
+    if train is not None and heldout is not None:
+        return Rows(train, heldout, mean, f"{train:,} rows" + (f" of {mean:.0f} tokens" if lengths else ""))
     train, heldout = _rows_of_recipe(stage, prepare or {})
     train, heldout = (min(n, values.get(k) or n) for n, k in ((train, "max_train_rows"), (heldout, "max_eval_rows")))
     return Rows(train, heldout, mean, f"about {train:,} rows, none prepared, each taken at `max_length`")

@@ -304,7 +304,7 @@ def _on(device: Device, model: nn.Module) -> Iterator[_StandIn]:
 
         def __init__(self, device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> None:
             self.on_meta, self.wanted = device_type == "meta", enabled
-            super().__init__("cpu" if self.on_meta else device_type, *args, enabled=enabled and not self.on_meta)
+            super().__init__("cpu" if self.on_meta else device_type, *args, enabled=enabled and not self.on_meta)  # type: ignore[misc]
 
         def __enter__(self) -> Any:
             if self.on_meta:
@@ -320,7 +320,7 @@ def _on(device: Device, model: nn.Module) -> Iterator[_StandIn]:
 
     enabled, lower = torch.is_autocast_enabled, torch.get_autocast_dtype
     kernels, on_gpu = "trl.kernels.chunked_logprob", device.type == "cuda"
-    patches = [
+    patches: list[contextlib.AbstractContextManager[Any]] = [
         mock.patch("torch.autocast", Autocast),
         mock.patch(
             "torch.is_autocast_enabled", lambda *a: stand_in.autocasts if a and a[0] == "meta" else enabled(*a)
@@ -352,8 +352,8 @@ class _Layer4bit(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        columns_first = isinstance(layer, Conv1D)
-        self.shape = tuple(layer.weight.shape[::-1] if columns_first else layer.weight.shape)
+        shape = tuple(layer.get_parameter("weight").shape)
+        self.shape = shape[::-1] if isinstance(layer, Conv1D) else shape
         self.register_buffer("packed", torch.empty(self._size(), dtype=torch.uint8, device=_META))
         self.bias = layer.bias
 
@@ -581,12 +581,12 @@ def _ppo_loss(model: PeftModel, shape: StepShape) -> Tensor:
 def _without_checkpointing(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for layer in layers:
-        layer.gradient_checkpointing = False
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
     try:
         yield
     finally:
         for layer in layers:
-            layer.gradient_checkpointing = True
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 _LOSSES: dict[str, Callable[[PeftModel, StepShape], Tensor]] = {
