@@ -70,7 +70,7 @@ def pool_by_mask(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def score_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[float]:
     """Score of each row of token ids, one at a time and so without padding."""
-    scores = []
+    scores: list[float] = []
     for row in rows:
         ids = torch.tensor([row], device=model.device)
         positions = torch.arange(len(row), device=model.device).unsqueeze(0)
@@ -242,7 +242,7 @@ def call_reward(
         raise TypeError(f"The reward {name!r} returned {type(given).__name__} in place of a list. {remedy}")
     if len(given) != len(completions):
         raise ValueError(f"The reward {name!r} gave {len(given)} scores for {len(completions)} replies. {remedy}")
-    scores: list[Any] = []
+    scores: list[float] = []
     for reply, score in zip(completions, given, strict=True):
         if isinstance(score, torch.Tensor) and score.numel() == 1:
             score = score.item()
