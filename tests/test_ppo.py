@@ -21,7 +21,7 @@ import rlhf.roles
 from rlhf.config import ConfigError, parse
 from rlhf.data import world
 from rlhf.data.columns import load_rows, prompt_columns
-from rlhf.files import folder_hash, write_jsonl
+from rlhf.files import folder_hash, write_json, write_jsonl
 from rlhf.generate import left_pad
 from rlhf.lora import lora_config, with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer
@@ -30,6 +30,7 @@ from rlhf.persona import Persona, render_prompt
 from rlhf.pipeline import config_classes
 from rlhf.ppo import add_rewards, start_of_critic
 from rlhf.ppo_trainer import VALUE_ADAPTER_FILE, VALUE_HEAD_FILE, PPOConfig, PPOTrainer, RatioError
+from rlhf.record import read_record
 from rlhf.rewards import RunningScale, persona_rule, score_ids
 from rlhf.roles import RoleError, RoleGuard, _in_float32, dropouts
 from rlhf.rollouts import RolloutSampler, as_batch
@@ -970,6 +971,7 @@ def test_the_script_takes_a_mixture_and_an_adapter_as_critic(
         rows[0].pop("persona")
         rows[1]["prompt"] = render_prompt(Persona(tuple(rows[1].pop("persona"))), rows[1]["prompt"])
         write_jsonl(path, rows)
+    write_json(data / "metadata.json", {**read_record(dataset), "result_hash": folder_hash(data)})
     judge = tmp_path / "judge"  # a model of another base
     AutoModelForSequenceClassification.from_pretrained(tiny_qwen2, num_labels=1).save_pretrained(judge)
     load_tokenizer(str(tiny_qwen2)).save_pretrained(judge)
