@@ -28,7 +28,7 @@ from rlhf.data.columns import length_remedy, load_rows, preference_columns, prom
 from rlhf.doctor import Finding, Status
 from rlhf.facts import lemmas
 from rlhf.model import load_tokenizer, positions_problem, precision
-from rlhf.persona import with_persona
+from rlhf.persona import as_messages, with_persona
 from rlhf.record import RunError, read_record
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ def _roles(rows: Sequence[dict[str, Any]]) -> list[Item]:
             continue  # the item "format" names it
         reply = row.get("chosen") or row.get("reference")
         unsaid = lemmas(system["content"]) if system["role"] == "system" else frozenset()
-        for message in [*messages, *(_as_message(reply) if reply else [])]:
+        for message in [*messages, *(as_messages(reply) if reply else [])]:
             words = lemmas(message["content"])
             told[message["role"]] += bool(words & unsaid and _OF_ONESELF.search(message["content"]))
             unsaid -= words
@@ -312,13 +312,9 @@ def _examples(
         replies = [(key, columns[f"{key}_ids"]) for key in ("chosen", "rejected")]
     prompt = columns["prompt_ids"]
     return [
-        Example(prompt + ids, [0] * len(prompt) + [1] * len(ids), messages + (_as_message(row[key]) if ids else []))
+        Example(prompt + ids, [0] * len(prompt) + [1] * len(ids), messages + (as_messages(row[key]) if ids else []))
         for key, ids in replies
     ]
-
-
-def _as_message(reply: str | list[Message]) -> list[Message]:
-    return [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
 
 
 def _replies(stage: str, example: Example) -> list[int]:

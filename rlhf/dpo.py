@@ -22,7 +22,7 @@ from rlhf.generate import generate
 from rlhf.lora import save_adapter, trainable_parameters, with_adapter
 from rlhf.model import load_base, load_tokenizer, trainable_to_fp32
 from rlhf.nonfinite import NonFiniteGuard
-from rlhf.persona import with_persona
+from rlhf.persona import as_messages, persona_and_dialogue, with_persona
 from rlhf.record import check_world_size, launch, stage
 
 
@@ -113,10 +113,11 @@ def main(
         def samples() -> list[dict[str, Any]]:
             conversations = [with_persona(row) for row in eval_rows[: data_args.num_samples]]
             replies = generate(trainer.model, tokenizer, conversations, max_new_tokens=40)
+            told = map(persona_and_dialogue, eval_rows)
             return [
-                {"persona": row["persona"], "messages": row["prompt"], "response": reply,
-                 "reference": row["chosen"][0]["content"]}
-                for row, reply in zip(eval_rows, replies, strict=False)
+                {"persona": persona, "messages": messages, "response": reply,
+                 "reference": as_messages(row["chosen"])[0]["content"]}
+                for (persona, messages), row, reply in zip(told, eval_rows, replies, strict=False)
             ]  # fmt: skip
 
         NonFiniteGuard(trainer, data_args.max_skipped_steps, zero_is_healthy=True)

@@ -227,3 +227,8 @@ def persona_and_dialogue(row: Mapping[str, Any]) -> tuple[list[str], list[Messag
     if messages and messages[0]["role"] == "system":
         return messages[0]["content"].split("\n"), messages[1:]
     return [], messages
+
+
+def as_messages(reply: str | list[Message]) -> list[Message]:
+    """A reply of a preference row, which is text or a list of messages, as messages."""
+    return [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply

@@ -22,6 +22,7 @@ from rlhf.generate import inference
 from rlhf.lora import lora_config, save_adapter, trainable_parameters, with_adapter
 from rlhf.model import add_score_head, load_base, load_tokenizer, trainable_to_fp32
 from rlhf.nonfinite import NonFiniteGuard
+from rlhf.persona import as_messages, persona_and_dialogue
 from rlhf.record import check_world_size, launch, stage
 from rlhf.rewards import check_reward_card, pool_by_mask, score_ids
 
@@ -125,11 +126,12 @@ def main(data_args: DataConfig, pair_args: PairConfig, training_args: RewardConf
             base = trainer.model.get_base_model()
             with inference(trainer.model):
                 scores = [score_ids(base, eval_pairs[key][: data_args.num_samples]) for key in _COLUMNS]
+            told = list(map(persona_and_dialogue, eval_rows))
             return [
-                {"persona": row["persona"], "messages": row["prompt"], "response": row[key][0]["content"],
-                 "reference": row["chosen"][0]["content"], "score": score}
+                {"persona": persona, "messages": messages, "response": as_messages(row[key])[0]["content"],
+                 "reference": as_messages(row["chosen"])[0]["content"], "score": score}
                 for key, column in zip(("chosen", "rejected"), scores, strict=True)
-                for row, score in zip(eval_rows, column, strict=False)
+                for (persona, messages), row, score in zip(told, eval_rows, column, strict=False)
             ]  # fmt: skip
 
         NonFiniteGuard(trainer, data_args.max_skipped_steps)

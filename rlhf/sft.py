@@ -22,7 +22,7 @@ from rlhf.generate import generate
 from rlhf.lora import lora_config, save_adapter, trainable_parameters
 from rlhf.model import load_base, load_tokenizer, trainable_to_fp32
 from rlhf.nonfinite import NonFiniteGuard
-from rlhf.persona import with_persona
+from rlhf.persona import persona_and_dialogue, with_persona
 from rlhf.record import check_world_size, launch, stage
 
 logger = logging.getLogger(__name__)
@@ -86,11 +86,16 @@ def main(data_args: DataConfig, plan_args: PlanConfig, training_args: SFTConfig,
         def samples() -> list[dict[str, Any]]:
             conversations = [with_persona(row)[:-1] for row in eval_rows[: data_args.num_samples]]
             replies = generate(trainer.model, tokenizer, conversations, max_new_tokens=40)
+            told = map(persona_and_dialogue, eval_rows)
             return [
-                {"persona": row["persona"], "messages": row["messages"][:-1], "response": reply,
-                 "reference": row["messages"][-1]["content"]}
-                for row, reply in zip(eval_rows, replies, strict=False)
-            ]  # fmt: skip
+                {
+                    "persona": persona,
+                    "messages": messages[:-1],
+                    "response": reply,
+                    "reference": messages[-1]["content"],
+                }
+                for (persona, messages), reply in zip(told, replies, strict=False)
+            ]
 
         NonFiniteGuard(trainer, data_args.max_skipped_steps)
         watch(trainer, samples, data_args.sample_steps)

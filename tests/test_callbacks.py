@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import re
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,8 +26,9 @@ from rlhf.callbacks import (
     sample_table,
 )
 from rlhf.config import load_yaml
-from rlhf.files import read_jsonl, write_jsonl
+from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
 from rlhf.model import load_base
+from rlhf.persona import Persona, render_prompt
 from rlhf.ppo_trainer import VALUE_HEAD_FILE
 
 STAGES = ("sft", "reward", "dpo", "ppo")
@@ -380,3 +383,27 @@ def test_what_was_logged_behind_the_last_checkpoint_at_its_step_is_dropped(tmp_p
     state = TrainerState(global_step=4, log_history=rows[:2], is_world_process_zero=True)
     MetricsFile().on_train_begin(args, state, TrainerControl())
     assert read_jsonl(tmp_path / "metrics.jsonl") == rows[:2]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_samples_of_rows_in_text_and_without_persona(stage, parents, train, dataset, tmp_path):
+    folder = Path(shutil.copytree(dataset, tmp_path / "prepare"))
+    path = folder / ("dialogues_heldout.jsonl" if stage == "sft" else "preferences_heldout.jsonl")
+    rows = read_jsonl(path)
+    for place, row in enumerate(rows):
+        persona = row.pop("persona")
+        if stage != "sft":
+            row |= {key: row[key][0]["content"] for key in ("chosen", "rejected")}
+            if place % 2:
+                row["prompt"] = render_prompt(Persona(tuple(persona)), row["prompt"])
+    write_jsonl(path, rows)
+    record = json.loads((folder / "metadata.json").read_text())
+    write_json(folder / "metadata.json", {**record, "result_hash": folder_hash(folder)})
+    run = train(stage, tmp_path / stage, max_steps=1, **{**parents(stage), "dataset": folder})
+    samples = run.rows("samples.jsonl")
+    first, second = samples[:2]
+    assert first["persona"] == [] and all(message["role"] != "system" for message in first["messages"])
+    if stage == "sft":
+        assert first["reference"] == rows[0]["messages"][-1]["content"]
+    else:
+        assert second["persona"] == ["i have a cat .", "i like soup ."] and second["reference"] == rows[1]["chosen"]
