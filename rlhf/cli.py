@@ -107,14 +107,15 @@ def _check(arguments: argparse.Namespace) -> None:
     failed = any(finding.status == "fail" for finding in findings)
     if arguments.recipe is not None:
         from rlhf.check import FILES, as_findings, show, show_recipe
-        from rlhf.memory import show_plan
+        from rlhf.memory import plan_findings, show_plan
 
         stages = _stages(arguments.recipe, words)
         trainings = {stage: configs for stage, configs in stages.items() if stage in FILES}
         if as_json:
-            of_stages = as_findings(trainings)
-            findings += of_stages
+            of_stages, of_plan = as_findings(trainings), plan_findings(stages)
+            findings += of_stages + of_plan
             failed |= any(finding.status != "ok" for finding in of_stages)
+            failed |= any(finding.status == "fail" for finding in of_plan)
         elif arguments.recipe.suffix == ".yaml":
             ((stage, configs),) = stages.items()
             failed |= bool(show(stage, configs))

@@ -24,6 +24,7 @@ from trl import ModelConfig
 
 from rlhf.config import values_of
 from rlhf.data.columns import load_rows, preference_columns, prompt_columns, sft_columns
+from rlhf.doctor import Finding, Status
 from rlhf.hours import RULE, WEEK_HOURS, Rows, evaluation_hours, ppo_hours, token_seconds, training_hours
 from rlhf.meta_step import T4, Device, Measured, StepShape, measure
 from rlhf.model import load_tokenizer
@@ -524,6 +525,28 @@ def _rows_of_recipe(stage: str, prepare: Mapping[str, Any]) -> tuple[int, int]:
     return round(rows - heldout), round(heldout)
 
 
+def plan_findings(stages: Mapping[str, Sequence[Any]], card: Card | None = None) -> list[Finding]:
+    """The plan for programs: what does not fit fails on the GPUs of this machine; on a machine without, it warns."""
+    card = card or visible_card()
+    try:
+        plans = plan_stages(stages, card)
+    except ValueError as error:
+        return [Finding("plan", "warn", str(error))]
+    findings = []
+    for plan in plans:
+        needed = f"{plan.memory.total / GIB:.2f} of {card.size / GIB:.2f} GiB on each GPU, " if plan.memory else ""
+        found = f"{needed}{plan.hours:.2f} hours on {card.number} T4, estimated"
+        status: Status = "ok" if plan.fits else "fail" if card.here else "warn"
+        findings.append(Finding(f"{plan.stage}: plan", status, found, "" if plan.fits else _remedy(plan)))
+    return findings
+
+
+def _remedy(plan: StagePlan) -> str:
+    if plan.changes is None:
+        return "No batch, length or precision makes it fit; take a smaller base"
+    return "It fits with " + ", ".join(f"`{key}: {str(value).lower()}`" for key, value in plan.changes.items())
+
+
 def show_plan(
     stages: Mapping[str, Sequence[Any]], console: Console | None = None, card: Card | None = None
 ) -> list[str]:
@@ -541,17 +564,9 @@ def show_plan(
         console.print(Panel(Text(str(error), style="yellow"), title="plan", title_align="left", border_style="cyan"))
         return []
     trained = [plan for plan in plans if plan.memory is not None]
-    lines: list[Text] = []
-    for plan in trained:
-        if plan.fits:
-            continue
-        if plan.changes is None:
-            said = "does not fit at any batch, length or precision; take a smaller base"
-        else:
-            said = "does not fit. It does with " + ", ".join(
-                f"`{key}: {str(value).lower()}`" for key, value in plan.changes.items()
-            )
-        lines.append(Text(f"{plan.stage} {said}", style="bold red"))
+    lines = [
+        Text(f"{plan.stage} does not fit. {_remedy(plan)}", style="bold red") for plan in trained if not plan.fits
+    ]
     lines += [Text(text, style="yellow") for text in map(access, names) if text]
     total = sum(plan.hours for plan in plans)
     share = total / WEEK_HOURS

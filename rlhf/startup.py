@@ -307,8 +307,9 @@ def row_lengths(dataset: Dataset) -> list[int]:
 
 
 def _loss(trainer: Trainer, rows: list[dict[str, Any]]) -> Tensor:
+    compute_loss = type(trainer).compute_loss  # the class's own: the guard's on an instance is that of the original
     if not isinstance(trainer, PPOTrainer):
-        return trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(rows)))
+        return compute_loss(trainer, trainer.model, trainer._prepare_inputs(trainer.data_collator(rows)))
     # Replies as long as they may become; what they say does not matter here.
     ids, mask = left_pad(
         [row["prompt_ids"] for row in rows], trainer.processing_class.pad_token_id, trainer.args.device
@@ -319,7 +320,7 @@ def _loss(trainer: Trainer, rows: list[dict[str, Any]]) -> Tensor:
     rollout = Rollout(**batch, **dict.fromkeys(("logprobs", "values", "advantages", "returns"), nothing))
     trainer._num_tokens = rollout.mask.sum()
     trainer._initial_global_step = -1  # no check of the ratio: no policy made these log-probabilities
-    return trainer.compute_loss(trainer.model, {"batch": rollout})
+    return compute_loss(trainer, trainer.model, {"batch": rollout})
 
 
 class _Alone:

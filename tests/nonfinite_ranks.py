@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from rlhf.checkpoints import Checkpoints
 from rlhf.nonfinite import NonFiniteError, NonFiniteGuard
 
 ARGS = {
@@ -117,6 +118,7 @@ def make(folder, rows=None, max_skipped_steps=3, zero_is_healthy=False, guarded=
     )
     if guarded:
         NonFiniteGuard(trainer, max_skipped_steps, zero_is_healthy)
+    trainer.add_callback(Checkpoints(trainer, {}, None))  # as `rlhf.checkpoints.train` has it
     return trainer
 
 

@@ -275,14 +275,13 @@ def test_a_recipe_is_checked_stage_by_stage(recipe, dataset, capsys):
     main(["check", str(recipe), "--dataset", str(dataset), "--max_length=256"])
     shown = capsys.readouterr().out
     assert "sft: all 12 items passed" in shown and "dpo: all 13 items passed" in shown
-    assert "there is no runs/mine/sft yet; an earlier stage makes it" in shown and shown.endswith(
-        "pass sft\npass dpo\n"
-    )
+    assert "there is no runs/mine/sft yet; an earlier stage makes it" in shown and "pass sft\npass dpo\n" in shown
+    assert shown.index("pass dpo\n") < shown.index("plan for 2 x T4")
     with pytest.raises(SystemExit) as end:
         main(["check", str(recipe), "--dataset", str(dataset), "--dpo.max_length", "30"])
     shown = capsys.readouterr().out
     assert end.value.code == 1 and "dpo is not fit to start: length" in shown
-    assert shown.endswith("pass sft\nFAIL dpo: length\n")
+    assert "pass sft\nFAIL dpo: length\n" in shown
 
 
 def test_the_findings_as_json(recipe, dataset, capsys):
@@ -294,6 +293,7 @@ def test_the_findings_as_json(recipe, dataset, capsys):
     assert end.value.code == 1 and findings["torch"]["status"] == "ok" and findings["sft: mask"]["status"] == "ok"
     assert findings["dpo: length"]["status"] == "fail" and "`max_length` 30" in findings["dpo: length"]["found"]
     assert findings["dpo: parent"]["status"] == "ok"  # its folder comes from the stage before
+    assert findings["sft: plan"]["status"] == "ok" and " of 14.74 GiB on each GPU, " in findings["sft: plan"]["found"]
     with pytest.raises(SystemExit):
         main(["check", *words, "--json"])
     assert capsys.readouterr().out == printed

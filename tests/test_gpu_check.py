@@ -56,7 +56,7 @@ def test_a_failure_is_a_result_and_the_exit_status(no_gpu, capsys, monkeypatch):
         raise ZeroDivisionError("by hand")
 
     def measured(*args):
-        raise gpu_check.Failed("too much", {"peak_gb": 16.0})
+        raise gpu_check.Failed("too much", {"steps": 1})
 
     monkeypatch.setattr(gpu_check, "TRAININGS", (("SmolLM2-360M", "sft", False, 4, 512),))
     monkeypatch.setattr(gpu_check, "check_precision", broken)
@@ -68,7 +68,7 @@ def test_a_failure_is_a_result_and_the_exit_status(no_gpu, capsys, monkeypatch):
     )
     assert results["kernels"]["status"] == "passed" and results["kernels"]["numbers"]["largest_difference"] < 1e-5
     assert results["sft on SmolLM2-360M"] | {"check_seconds": 0} == {
-        "name": "sft on SmolLM2-360M", "status": "failed", "reason": "too much", "numbers": {"peak_gb": 16.0},
+        "name": "sft on SmolLM2-360M", "status": "failed", "reason": "too much", "numbers": {"steps": 1},
         "check_seconds": 0,
     }  # fmt: skip
     assert results["plan against peak"]["status"] == "skipped"

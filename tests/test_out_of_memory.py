@@ -2,14 +2,13 @@
 
 import importlib
 import json
-import subprocess
 
 import pytest
 import torch
 import yaml
 
 import rlhf
-from rlhf import pipeline
+from rlhf import launching, pipeline
 from rlhf.config import values_of
 from rlhf.out_of_memory import FILE, advice, is_out_of_memory, remembered, report, sizes_of, smaller, take_report
 from rlhf.pipeline import run_step
@@ -277,8 +276,8 @@ def test_a_stage_in_a_process_of_its_own(recipe, tmp_path, monkeypatch):
     (step,) = pipeline.plan(folder, False, None, tmp_path / "run", {})
     started = []
 
-    def launch(command, check):
-        started.append(command)
+    def start(script, num_processes):
+        started.append(script)
         step.folder.mkdir(parents=True, exist_ok=True)
         sizes = sizes_of(values_of(step.configs))
         if len(started) == 1:
@@ -286,12 +285,12 @@ def test_a_stage_in_a_process_of_its_own(recipe, tmp_path, monkeypatch):
                 json.dumps({"stage": "sft", "status": "running", "parents": {}})
             )
             report(step.folder, sizes, torch.OutOfMemoryError(), 1)
-        return subprocess.CompletedProcess(command, 1)
+        return 1
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Tesla T4")
-    monkeypatch.setattr(subprocess, "run", launch)
+    monkeypatch.setattr(launching, "start", start)
     monkeypatch.setattr(pipeline, "_state", lambda step: ("runs: nothing was made yet", None))
     said = []
     with pytest.raises(RunError, match="failed"):  # of the second start, which reports nothing: it is not tried again
