@@ -357,7 +357,7 @@ def ppo_run(
     return _train("ppo", folder, model_name_or_path=tiny_llama, **parents)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where DeepSpeed builds its operator; in the usual folder a build that was killed locks out all later ones."""
     return tmp_path_factory.mktemp("extensions")
