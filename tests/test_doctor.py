@@ -119,6 +119,10 @@ CASES = {
         replace(NONE, installed={**NONE.installed, "torchao": "0.10.0"}),
         "torchao", "fail", "0.10.0: PEFT refuses LoRA", "pip uninstall -y torchao",
     ),
+    "the last torchao that PEFT refuses": (
+        replace(NONE, installed={**NONE.installed, "torchao": "0.15.1"}),
+        "torchao", "fail", "0.15.1: PEFT refuses LoRA", "pip uninstall -y torchao",
+    ),
     "an old bitsandbytes": (
         replace(T4S, installed={**FINE["installed"], "bitsandbytes": "0.45.5"}),
         "bitsandbytes", "fail", "0.45.5", "pip install -U 'bitsandbytes>=0.46.1'",
@@ -181,6 +185,7 @@ def test_every_finding_has_a_case_that_is_not_in_order():
 @pytest.mark.parametrize(
     ("machine", "name", "said"),
     [
+        (replace(NONE, installed={**NONE.installed, "torchao": "0.16.0"}), "torchao", "0.16.0"),  # the first PEFT takes
         (replace(NONE, hub="offline"), "hub", "HF_HUB_OFFLINE is set"),
         (replace(NONE, has_token=False), "hub", "replies; no token, which gated models"),
         (replace(NONE, locks=((Path("/c/lock"), 30.0),)), "locks", "is being built"),
