@@ -296,7 +296,8 @@ def _refuse_anew(steps: list[Step], source: Path) -> None:
         RunError: naming what differs from the session before.
     """
     for step in steps:
-        step = replace(step, configs=parse(config_classes(step.stage), step.argv, step.stage))
+        with launching.no_cuda_context():
+            step = replace(step, configs=parse(config_classes(step.stage), step.argv, step.stage))
         reason, _ = _state(step)
         if reason is None:
             continue

@@ -119,6 +119,7 @@ def test_the_parent_opens_no_context(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("a context on a card"))
     steps = pipeline.plan(DEMO, False, None, tmp_path / "run", {})
     (sft,) = [step for step in steps if step.stage == "sft"]
+    pipeline._refuse_anew([sft], tmp_path)  # what `--continue_from` reads once more
     assert sft.configs[2].fp16 and not sft.configs[2].use_cpu and not torch.cuda.is_initialized()
 
 
