@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import rlhf.sft
+from rlhf.callbacks import MetricsFile
 from rlhf.config import load_yaml
 from rlhf.nonfinite import CollapseError, NonFiniteError, NonFiniteGuard
 from tests.nonfinite_ranks import (
@@ -82,6 +83,16 @@ def test_the_scripts_train_as_without_it(sft_run, train, tiny_llama, dataset, tm
     assert [row["skipped_steps"] for row in sft_run.rows("metrics.jsonl") if "loss" in row] == [0] * 6
     settings, _ = load_yaml(sft_run.folder / "config.yaml")
     assert settings["logging_nan_inf_filter"] is False and settings["max_skipped_steps"] == 3  # what is really done
+
+
+def test_the_counts_are_in_a_log_file_that_was_there_before_the_guard(tmp_path):
+    """A callback takes the log as those before it left it."""
+    trainer = make(tmp_path, guarded=False, save_strategy="no", max_steps=2)
+    trainer.callback_handler.callbacks.insert(0, MetricsFile())
+    NonFiniteGuard(trainer)
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped_steps"] for row in rows if "loss" in row] == [0, 0]
 
 
 def test_counts_go_on_after_a_resume(tmp_path):
