@@ -90,6 +90,62 @@ def _never_group(attention_mask: torch.Tensor | None, key: torch.Tensor, value: 
     return False
 
 
+# Families that overflow in float16, whose largest number is 65504: with which attention (None: with any), and a thread
+# that shows it, all read on 2026-11-21. Qwen2 and Qwen2.5 are "qwen2"; of training them see also
+# https://github.com/QwenLM/Qwen3/issues/670. T5 and Pegasus overflow too, but no stage trains an encoder with a decoder.
+OVERFLOWS_IN_FLOAT16: dict[str, tuple[str | None, str]] = {
+    "gemma": (None, "https://github.com/google/gemma_pytorch/issues/24"),
+    "gemma2": (None, "https://github.com/huggingface/transformers/issues/32390"),
+    "gemma3_text": (None, "https://github.com/huggingface/transformers/issues/36822"),
+    "gpt_neo": (None, "https://github.com/huggingface/transformers/issues/11076"),
+    "qwen2": ("eager", "https://github.com/huggingface/transformers/pull/33317"),
+}
+
+
+def overflows_in_float16(model: nn.Module) -> bool:
+    """Whether models of this family are known to overflow in float16 with the attention that this one has."""
+    family, attention = _family(model)
+    return family in OVERFLOWS_IN_FLOAT16 and OVERFLOWS_IN_FLOAT16[family][0] in (None, attention)
+
+
+def float16_remedy(model: nn.Module) -> str:
+    """What is known of a model's family in float16, and what to do about numbers that are not finite there."""
+    family, attention = _family(model)
+    # Weights in float32 help even under autocast: only the products are float16 then, and the sum of the layers is not.
+    change = "`fp16: false`, which is slower" if weights_dtype(model) is torch.float32 else "`dtype: float32`"
+    other = f"set {change}, train on a card with bfloat16 (compute capability 8.0 or newer), or take another base"
+    if family not in OVERFLOWS_IN_FLOAT16:
+        return (
+            f"Nothing is known here of the family {family!r} in float16. If the base was trained in bfloat16, its values "
+            f"may be too large for it: {other}."
+        )
+    needed, source = OVERFLOWS_IN_FLOAT16[family]
+    known = f"Models of the family {family!r} are known to overflow in float16"
+    if needed is None:
+        return f"{known} ({source}): {other}."
+    if needed == attention:
+        return (
+            f"{known} with `attn_implementation: {needed}` ({source}): set it to sdpa. If that does not help, {other}."
+        )
+    return f"{known} with `attn_implementation: {needed}` alone ({source}), and this is {attention}: {other}."
+
+
+def _family(model: nn.Module) -> tuple[str, str | None]:
+    """The model's type by its configuration (of one that reads images too, that of its text part), and its attention."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return type(model).__name__, None
+    text = config.get_text_config()
+    return text.model_type, text._attn_implementation
+
+
+def weights_dtype(model: nn.Module) -> torch.dtype:
+    """The type of most frozen weights; a 4-bit layer holds integers, and computes in the type of the others."""
+    types = (torch.float32, torch.float16, torch.bfloat16)
+    dtypes = [p.dtype for p in model.parameters() if not p.requires_grad and p.dtype in types]
+    return max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, ready for chatting (see [`rlhf.chat.prepare_tokenizer`])."""
     return prepare_tokenizer(AutoTokenizer.from_pretrained(name_or_path))

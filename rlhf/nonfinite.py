@@ -22,12 +22,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from rlhf.checkpoints import last_valid
+from rlhf.model import float16_remedy
 
 logger = logging.getLogger(__name__)
 
-# Where float16 is known to overflow in training (read 2026-11-21): google/gemma_pytorch#24 and transformers#32390,
-# QwenLM/Qwen3#670, transformers#5651, #12225, #11076.
-OVERFLOWS_IN_FLOAT16 = ("gemma", "gemma2", "gemma3", "gemma3_text", "qwen2", "t5", "mt5", "pegasus", "gpt_neo")
 # With this loss scale or less it is the gradient itself that does not fit: torch's scaler begins at 65536 and halves.
 SMALLEST_SCALE = 1.0
 TINY_LOSS, TINY_LOGS = 1e-6, 3
@@ -102,7 +100,7 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
 
     def why_not_finite(self, model: nn.Module, inputs: dict[str, Tensor]) -> str:
         """Where the first number that is not finite stands in a forward pass, on this rank, and why: for a message."""
-        with _FirstNotFinite(model) as first:
+        with FirstNotFinite(model) as first:
             model(**inputs)
         rank, rows = self.trainer.args.process_index, self._rows_of(inputs, first.rows)
         if broken := self._broken_weights():
@@ -320,7 +318,7 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
     def _look_at(self, batch: MicroBatch) -> Finding:
         trainer, tensors = self.trainer, _tensors_of(batch.inputs)
         rank, model = trainer.args.process_index, trainer.accelerator.unwrap_model(trainer.model)
-        with _FirstNotFinite(model) as first, trainer.compute_loss_context_manager():
+        with FirstNotFinite(model) as first, trainer.compute_loss_context_manager():
             loss = self._compute_loss(model, batch.inputs, num_items_in_batch=batch.num_items)
             loss = loss[0] if isinstance(loss, tuple) else loss
         bad_inputs = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
@@ -366,13 +364,12 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
         model, args = self.trainer.model, self.trainer.args
         weights = dict(model.named_parameters())
         half = args.fp16 or any(weight.dtype is torch.float16 for weight in weights.values())
-        family = getattr(getattr(model, "config", None), "model_type", "")
         diverged = f"the training diverged; lower `learning_rate` (now {args.learning_rate:g}), or warm up for longer"
         if half:
-            known = f", and the family {family} is known for it" if family in OVERFLOWS_IN_FLOAT16 else ""
             diverged = (
-                f"float16 overflowed, whose largest number is 65504{known}; set `dtype: float32` and `fp16: false`, use "
-                f"a card with bfloat16, or take another base. If the loss rose before, {diverged}"
+                "float16 overflowed, whose largest number is 65504, or the training diverged before that. "
+                f"{float16_remedy(model)} If the loss rose before, lower `learning_rate` (now {args.learning_rate:g}), or "
+                "warm up for longer"
             )
         match found.kind:
             case "weight" if found.where in weights and weights[found.where].requires_grad:
@@ -398,7 +395,7 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
         return "There is no checkpoint yet." if checkpoint is None else f"The last checkpoint is {checkpoint}."
 
 
-class _FirstNotFinite:
+class FirstNotFinite:
     """Hooks on all modules while it is entered: the first that gives out a number that is not finite, or its gradient.
 
     Attributes:

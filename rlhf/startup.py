@@ -9,7 +9,7 @@ import contextlib
 import copy
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from rlhf.generate import inference, left_pad
+from rlhf.model import float16_remedy, overflows_in_float16, weights_dtype
+from rlhf.nonfinite import FirstNotFinite
 from rlhf.out_of_memory import (
     TRAIN,
     Sizes,
@@ -41,16 +43,6 @@ PROBE_TOKENS = 64
 # gives about the type's epsilon (1e-7, 1e-3, 8e-3) times the square root of the number of layers; a mask or positions
 # that are ignored give tens of percent. The limits lie between.
 PADDING_LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-# What is known of a family in float16, whose largest number is 65504: threads as they stood on 2026-11-21. Weights in
-# float32 help those that overflow: autocast makes float16 of the products alone, and the sum of the layers stays float32.
-OVERFLOWS = {
-    "gemma": "https://github.com/google/gemma_pytorch/issues/24",
-    "gemma2": "https://github.com/huggingface/transformers/issues/32390",
-    "gemma3_text": "https://github.com/huggingface/transformers/issues/36822",
-    "gpt_neo": "https://github.com/huggingface/transformers/issues/11076",
-}
-FINE_WITH_SDPA = {"qwen2": "https://github.com/huggingface/transformers/pull/33317"}  # eager gives NaN
 
 
 class StartError(RuntimeError):
@@ -74,49 +66,17 @@ def check_start(trainer: Trainer) -> None:
     """
     model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
     rows = _probe_rows(trainer.train_dataset)
-    family = model.config.get_text_config().model_type
-    if family in OVERFLOWS and _computes_in(trainer) is torch.float16:
+    if _computes_in(trainer) is torch.float16 and overflows_in_float16(model):
         logger.warning("%s", _remedy(trainer))
     with _untouched(trainer), trainer.accelerator.autocast():
         with inference(model):
-            together = _logits(model, rows, trainer)
-            alone = [_logits(model, [row], trainer)[0] for row in rows]
+            together, alone = _together_and_alone(model, rows, trainer)
         if not all(logits.isfinite().all() for logits in [*together, *alone]):
-            with inference(model):
-                _, layer = first_not_finite(model, lambda: _logits(model, rows, trainer))
-            raise StartError(f"The output of {layer} is not finite. {_remedy(trainer)}")
+            with inference(model), FirstNotFinite(model) as first:
+                _together_and_alone(model, rows, trainer)
+            raise StartError(f"The output of `{first.output}` is not finite. {_remedy(trainer)}")
         _compare(together, alone, _computes_in(trainer))
         _check_gradients(model, rows, trainer)
-
-
-def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, str]:
-    """The result of a forward pass, and the first layer, in order of computation, whose output is not finite.
-
-    Layers are modules without modules of their own, and blocks: what goes over between them shows in the block alone.
-    """
-    found: list[str] = []
-
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensors = [output] if isinstance(output, Tensor) else [o for o in _items(output) if isinstance(o, Tensor)]
-            if not found and not all(t.isfinite().all() for t in tensors if t.is_floating_point()):
-                found.append(f"`{name}` ({type(module).__name__})")
-
-        return hook
-
-    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    try:
-        result = forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return result, found[0] if found else "the loss"
-
-
-def _items(output: Any) -> Sequence[Any]:
-    if isinstance(output, dict):
-        return list(output.values())
-    return output if isinstance(output, list | tuple) else ()
 
 
 def _probe_rows(dataset: Dataset) -> list[list[int]]:
@@ -124,6 +84,12 @@ def _probe_rows(dataset: Dataset) -> list[list[int]]:
     row = dataset[0]
     ids = next(row[key] for key in ("input_ids", "prompt_ids", "chosen_ids") if row.get(key))[:PROBE_TOKENS]
     return [ids, ids[: max(1, len(ids) // 2)]]
+
+
+def _together_and_alone(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], trainer: Trainer
+) -> tuple[list[Tensor], list[Tensor]]:
+    return _logits(model, rows, trainer), [_logits(model, [row], trainer)[0] for row in rows]
 
 
 def _logits(model: nn.Module, rows: Sequence[Sequence[int]], trainer: Trainer) -> list[Tensor]:
@@ -170,42 +136,19 @@ def _check_gradients(model: PreTrainedModel, rows: Sequence[Sequence[int]], trai
 
 
 def _remedy(trainer: Trainer) -> str:
-    """What to do about values that are not finite, by what is known of the family."""
-    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
-    family, dtype = model.config.get_text_config().model_type, _computes_in(trainer)
-    if dtype is not torch.float16:
+    """What to do about values that are not finite, by the type in which they were computed."""
+    if (dtype := _computes_in(trainer)) is not torch.float16:
         return (
             f"The base computes in {dtype}, whose range is not the cause: its weights are damaged, or its adapter's."
         )
-    other = (
-        "set `dtype: float32`, train on a card with bfloat16 (compute capability 8.0 or newer), or take another base"
-    )
-    if _weights_in(model) is torch.float32:
-        other = "its weights are in float32 already, so train on a card with bfloat16, or take another base"
-    if family in OVERFLOWS:
-        return f"Models of the family {family!r} are known to overflow in float16 ({OVERFLOWS[family]}): {other}."
-    if family in FINE_WITH_SDPA:
-        return (
-            f"Models of the family {family!r} are finite in float16 with `attn_implementation: sdpa`, and overflow with "
-            f"eager ({FINE_WITH_SDPA[family]}). With sdpa set already: {other}."
-        )
-    return (
-        f"Nothing is known here of the family {family!r} in float16. If the base was trained in bfloat16, its values may "
-        f"be too large for it: {other}."
-    )
+    return float16_remedy(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def _computes_in(trainer: Trainer) -> torch.dtype:
     """The type of the products: that of autocast where it is on, else of the frozen weights."""
     if trainer.args.fp16 or trainer.args.bf16:
         return torch.float16 if trainer.args.fp16 else torch.bfloat16
-    return _weights_in(trainer.accelerator.unwrap_model(trainer.model))
-
-
-def _weights_in(model: nn.Module) -> torch.dtype:
-    """The type of most frozen weights; a 4-bit layer holds integers, and computes in the type of the others."""
-    dtypes = [p.dtype for p in model.parameters() if not p.requires_grad and p.dtype in PADDING_LIMITS]
-    return max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
+    return weights_dtype(trainer.accelerator.unwrap_model(trainer.model))
 
 
 # Which batch fits?

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import Qwen2Config, TrainerCallback
 
 import rlhf.sft
 from rlhf.callbacks import MetricsFile
@@ -283,6 +283,18 @@ def test_a_loss_that_is_not_finite_is_divergence_under_a_scaler(fp16, tmp_path):
     with pytest.raises(NonFiniteError, match="2 steps in a row had a loss"):
         trainer.train()
     assert guard_of(trainer).overflowed == 0 and at.changed() == [(True, True), (False, False), (False, False)]
+
+
+def test_the_remedy_in_float16_goes_by_the_family(fp16, tmp_path):
+    """By the same table as the probe before step 1."""
+    trainer = fp16(make(tmp_path, save_strategy="no", max_skipped_steps=0), 2.0**16)
+    trainer.args.fp16 = True
+    trainer.model.config = Qwen2Config(attn_implementation="eager")
+    At(trainer, {0}, no_number_in_an_output)
+    with pytest.raises(
+        NonFiniteError, match="'qwen2' are known to overflow .*: set it to sdpa.*If the loss rose before"
+    ):
+        trainer.train()
 
 
 # Collapsed

@@ -83,9 +83,16 @@ def test_positions_that_count_the_padding_are_found(probed, tiny_gpt2, monkeypat
 def test_the_first_layer_that_overflows_is_named(probed):
     trainer = probed()
     trainer.model.model.layers[1].mlp.up_proj.weight.data[3] = float("inf")
-    with pytest.raises(
-        StartError, match=r"`model.layers.1.mlp.up_proj` \(Linear\) is not finite.*weights are damaged"
-    ):
+    with pytest.raises(StartError, match=r"`model.layers.1.mlp.up_proj` is not finite.*weights are damaged"):
+        check_start(trainer)
+
+
+def test_what_is_not_finite_without_padding_alone_is_named_too(probed):
+    """As an attention kernel that is taken for batches without a mask alone."""
+    trainer = probed()
+    mlp = trainer.model.model.layers[1].mlp
+    mlp.register_forward_hook(lambda module, args, output: output * torch.nan if len(output) == 1 else output)
+    with pytest.raises(StartError, match=r"The output of `model.layers.1.mlp` is not finite"):
         check_start(trainer)
 
 
@@ -107,16 +114,18 @@ def test_a_gradient_that_is_not_finite_is_named(probed):
 
 
 @pytest.mark.parametrize(
-    ("family", "remedy"),
+    ("family", "attention", "remedy", "warned"),
     [
-        ("gemma", "known to overflow in float16.*gemma_pytorch/issues/24.*set `dtype: float32`"),
-        ("qwen2", "finite in float16 with `attn_implementation: sdpa`"),
-        ("llama", "Nothing is known here of the family 'llama' in float16"),
+        ("gemma", "sdpa", "known to overflow in float16 .*gemma_pytorch/issues/24.*: set `dtype: float32`", True),
+        ("qwen2", "eager", "with `attn_implementation: eager` .*pull/33317.*: set it to sdpa", True),
+        ("qwen2", "sdpa", "with `attn_implementation: eager` alone .*, and this is sdpa: set `dtype: float32`", False),
+        ("llama", "sdpa", "Nothing is known here of the family 'llama' in float16", False),
     ],
 )
-def test_the_remedy_goes_by_the_family(family, remedy, probed, caplog):
+def test_the_remedy_goes_by_the_family(family, attention, remedy, warned, probed, caplog):
     trainer = probed()
     trainer.model.half()
+    trainer.model.set_attn_implementation(attention)
     trainer.model.config.model_type = family
     mlp = trainer.model.model.layers[0].mlp
     mlp.up_proj.weight.data.mul_(1000)
@@ -124,7 +133,7 @@ def test_the_remedy_goes_by_the_family(family, remedy, probed, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(StartError, match=remedy) as caught:
         check_start(trainer)
     assert "model.layers.0.mlp.down_proj" in str(caught.value)
-    assert ("known to overflow" in caplog.text) == (family == "gemma")
+    assert ("known to overflow" in caplog.text) == warned
 
 
 def test_the_limit_goes_by_what_is_computed_in(probed):
@@ -133,7 +142,7 @@ def test_the_limit_goes_by_what_is_computed_in(probed):
     trainer.args.fp16 = True
     assert startup._computes_in(trainer) is torch.float16
     trainer.model.model.layers[0].mlp.down_proj.weight.data[0] = float("inf")
-    with pytest.raises(StartError, match="its weights are in float32 already"):
+    with pytest.raises(StartError, match="set `fp16: false`, which is slower"):
         check_start(trainer)
 
 
