@@ -5,6 +5,7 @@ The Trainer writes a checkpoint in place, file after file, and deletes older one
 no manifest is no checkpoint; and older ones go when the new one is whole.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -53,20 +54,23 @@ def train(trainer: Trainer, record: dict[str, Any], save_minutes: float | None) 
         _check(Path(args.resume_from_checkpoint), made_from, args.world_size)
     checkpoints = Checkpoints(trainer, made_from, save_minutes)
     trainer.add_callback(checkpoints)
-    run_epoch = trainer._run_epoch
-
-    def run_epoch_unless_done(*given: Any, **named: Any) -> None:
-        # From a checkpoint of the last step, within an epoch, transformers 5.23 would train one step more.
-        if trainer.state.global_step < trainer.state.max_steps:
-            run_epoch(*given, **named)
-
-    trainer._run_epoch = run_epoch_unless_done
+    trainer._run_epoch = functools.partial(run_epoch_unless_done, trainer)
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except (OSError, RuntimeError, SafetensorError) as error:
         if not checkpoints.disk_is_full(error):
             raise
         raise RunError(checkpoints.no_space()) from error
+
+
+def run_epoch_unless_done(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    """`Trainer._run_epoch`, but that of transformers 5.23 trains a step more from a checkpoint of the last one.
+
+    It does where that checkpoint is within an epoch. No trainer of TRL 1.16 has an own `_run_epoch`; PPOTrainer has this
+    one, since it is also used without [`train`].
+    """
+    if trainer.state.global_step < trainer.state.max_steps:
+        Trainer._run_epoch(trainer, *args, **kwargs)
 
 
 class Checkpoints(TrainerCallback):

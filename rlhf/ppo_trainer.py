@@ -37,6 +37,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from rlhf.chat import reply_text
+from rlhf.checkpoints import run_epoch_unless_done
 from rlhf.config import ConfigError
 from rlhf.files import write_bytes
 from rlhf.generate import generation_config, inference, is_stop, left_pad, response_mask, sample_replies
@@ -626,12 +627,17 @@ class PPOTrainer(Trainer):
         torch.manual_seed(generator_of(self.args.seed, self.args.process_index).initial_seed())
 
     def _check_checkpoint(self, folder: Path) -> None:
+        """What this trainer cannot do without, since it also runs without `rlhf.checkpoints`, which knows more.
+
+        Behind the check of a manifest only the rollouts are left to differ. Without one, the Trainer itself would go on
+        with other random numbers where the processes are not as many as before, and say so in a log line alone.
+        """
         try:
             state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"`resume_from_checkpoint`: {folder} is not whole: its {TRAINER_STATE_NAME}, which is written last, cannot "
-                "be read. Name the checkpoint before; `rlhf run` does."
+                f"`resume_from_checkpoint`: {folder} is not whole: its {TRAINER_STATE_NAME} cannot be read. Name the "
+                "checkpoint before; `rlhf run` does."
             ) from error
         ranks = len(list(folder.glob("rng_state*.pth")))
         if ranks != self.args.world_size:
@@ -654,10 +660,7 @@ class PPOTrainer(Trainer):
     def _episode(self, step: int) -> int:
         return step // self.args.steps_per_rollout * self.args.rollout_size
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, which would take one step more from a checkpoint of the last step, within an epoch."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
+    _run_epoch = run_epoch_unless_done
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's; what is asked for within a rollout, by whichever callback, waits for its end.
