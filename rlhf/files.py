@@ -90,6 +90,20 @@ def folder_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
+def source_hash(path: str | Path) -> str | None:
+    """SHA-256 of a file, or of the files that lie in a folder and their names; None where there is neither."""
+    path = Path(path)
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for each in sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]:
+        if path.is_dir():
+            digest.update(each.name.encode() + b"\0" + each.stat().st_size.to_bytes(8))
+        with each.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
 def git_commit() -> str | None:
     """The commit of the checkout that this package runs from; where the tree differs, "+changes-" and 8 digits of them.
 

@@ -21,7 +21,7 @@ from rlhf.check import FILES, preflight
 from rlhf.checkpoints import continue_from as take_over
 from rlhf.checkpoints import last_valid
 from rlhf.config import STAGES, ConfigError, did_you_mean, dumps, load_recipe, num_gpus, parse, values_of
-from rlhf.files import folder_hash
+from rlhf.files import folder_hash, source_hash
 from rlhf.ledger import price_again, prices_of
 from rlhf.out_of_memory import sizes_of, take_report
 from rlhf.record import RunError, base_hash, movable, read_record
@@ -267,6 +267,10 @@ def _state(step: Step) -> tuple[str | None, str | None]:
         folder = (values.get("systems") or {}).get(name) or step.folder / parent["path"]
         if folder_hash(folder) != parent["hash"]:
             return f"{ANEW}: {name!r} changed", None
+    for key, known in record.get("sources", {}).items():
+        # A finished run may lie where its sources do not.
+        if source_hash(values[key]) not in (None, known):
+            return f"{ANEW}: {Path(values[key]).name} changed", None
     base = values.get("model_name_or_path")
     if base is not None and record.get("base_hash") != base_hash(base):
         return f"{ANEW}: the base's weights changed", None

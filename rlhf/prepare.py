@@ -27,7 +27,7 @@ from rlhf.config import ConfigError, PriceConfig
 from rlhf.data import audit, card, describe, duplicates, preferences, quality, scripts, sources, world
 from rlhf.data.sources import DataError, Row
 from rlhf.data.split import characters, split
-from rlhf.files import folder_hash, read_jsonl, write_json, write_jsonl
+from rlhf.files import folder_hash, read_jsonl, source_hash, write_json, write_jsonl
 from rlhf.model import load_tokenizer
 from rlhf.record import RunError, launch, stage
 
@@ -387,6 +387,9 @@ def _remove_old(folder: Path) -> None:
 def main(config: PrepareConfig) -> None:
     """Run the stage inside its folder, with a record."""
     with stage("prepare", config.output_dir, [config], config.seed, config.log_level) as record:
+        # Before they are read: what is written to them meanwhile makes the stage anew.
+        read = {key: getattr(config, key) for key in ("path", "card")}
+        record["sources"] = {key: source_hash(path) for key, path in read.items() if path is not None}
         try:
             record.update(prepare(config))
         except DataError as error:

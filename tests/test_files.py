@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf import files
-from rlhf.files import folder_hash, read_jsonl, write_bytes, write_json, write_jsonl, write_text
+from rlhf.files import folder_hash, read_jsonl, source_hash, write_bytes, write_json, write_jsonl, write_text
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
@@ -81,6 +81,21 @@ def test_a_folder_is_named_by_its_weights_or_else_by_its_rows(tmp_path):
     assert folder_hash(tmp_path) == hashlib.sha256(b"a.jsonl\x001b.jsonl\x002").hexdigest()
     (tmp_path / "adapter_model.safetensors").write_bytes(b"w")
     assert folder_hash(tmp_path) == hashlib.sha256(b"adapter_model.safetensors\x00w").hexdigest()
+
+
+def test_a_source_is_named_by_its_bytes_and_a_folder_also_by_its_names(tmp_path):
+    write_text(tmp_path / "in" / "a.csv", "1,2\n")
+    assert source_hash(tmp_path / "in" / "a.csv") == hashlib.sha256(b"1,2\n").hexdigest()
+    assert source_hash(tmp_path / "in" / "b.csv") is None
+    hashes = [source_hash(tmp_path / "in")]
+    for change in (
+        lambda: write_text(tmp_path / "in" / "a.csv", "1,3\n"),
+        lambda: (tmp_path / "in" / "a.csv").rename(tmp_path / "in" / "b.csv"),
+        lambda: write_text(tmp_path / "in" / "c.csv", ""),
+    ):
+        change()
+        hashes.append(source_hash(tmp_path / "in"))
+    assert len(set(hashes)) == 4 and None not in hashes
 
 
 def test_two_states_of_a_changed_tree_are_told_apart(tmp_path, monkeypatch):

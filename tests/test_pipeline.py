@@ -296,6 +296,21 @@ def test_data_made_anew(go, tmp_path):
     assert again["sft"].startswith("runs anew: 'prepare' changed")
 
 
+def test_a_source_that_changed_makes_the_data_anew(go, recipe, tmp_path):
+    """Not one that is gone, as of a run that was moved to another machine."""
+    mine = Path(shutil.copy(recipe / "mine.jsonl", tmp_path / "mine.jsonl"))
+    keys = {"until": "prepare", "prepare.path": str(mine)}
+    go(**keys)
+    rows, data_hash = read_jsonl(mine), read_record(tmp_path / "run" / "prepare")["data_hash"]
+    os.utime(mine, (0, 0))
+    assert go(**keys)["prepare"].startswith("done")  # the same bytes, touched
+    write_jsonl(mine, rows[:-1])
+    assert go(**keys)["prepare"].startswith("runs anew: mine.jsonl changed; what was there moves to")
+    assert read_record(tmp_path / "run" / "prepare")["data_hash"] != data_hash
+    mine.unlink()
+    assert go(**keys)["prepare"].startswith("done")
+
+
 def test_a_plan_by_size_goes_by_the_data_of_this_run(go, tmp_path):
     run, keys = tmp_path / "run", {"sft.plan_by_size": True}
 
