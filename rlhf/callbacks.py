@@ -1,6 +1,7 @@
 """What every training writes beside its weights: metrics, samples of its own replies, loss curves."""
 
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -32,6 +33,7 @@ from transformers import (
 )
 
 from rlhf.files import read_jsonl, write_bytes
+from rlhf.out_of_memory import is_out_of_memory
 from rlhf.startup import prepare_training
 
 logger = logging.getLogger(__name__)
@@ -132,7 +134,8 @@ class Samples(TrainerCallback):
     """Write samples of the model's own output, at step 0 and each `every` steps.
 
     All of them go to `samples.jsonl`; a table of them, with what each reward gave, to the log and to Weights & Biases or
-    TensorBoard, where the Trainer reports to one of them.
+    TensorBoard, where the Trainer reports to one of them. They are for people: where memory does not do for them, the
+    training goes on without those of that step.
 
     Args:
         make: Returns the rows of one sampling; called on the main process, between two optimiser steps.
@@ -146,6 +149,7 @@ class Samples(TrainerCallback):
         self.make = make
         self.every = every
         self.of_trackers = of_trackers
+        self._warned = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if state.is_world_process_zero:
@@ -158,13 +162,32 @@ class Samples(TrainerCallback):
             self._write(args, state)
 
     def _write(self, args: TrainingArguments, state: TrainerState) -> None:
-        rows = [{"step": state.global_step, **row} for row in self.make()]
+        made = self._made(state.global_step)
+        if made is None:
+            return
+        rows = [{"step": state.global_step, **row} for row in made]
         with (Path(args.output_dir) / "samples.jsonl").open("a") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         # As wide as the terminal, where there is one; the log file has the same lines.
         width = shutil.get_terminal_size((100, 24)).columns if sys.stderr.isatty() else 100
         logger.info("samples at step %d\n%s", state.global_step, sample_table(rows, width))
         _track_samples(self.of_trackers, rows, state.global_step)
+
+    def _made(self, step: int) -> list[dict[str, Any]] | None:
+        """The rows, None where memory ran out: a smaller train batch, as of any other place, would be no remedy."""
+        try:
+            return self.make()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            remedy = "" if self._warned else ". The training goes on; lower `num_samples` to have them"
+            level = logging.INFO if self._warned else logging.WARNING
+            logger.log(level, "no samples at step %d: out of memory (%s)%s", step, error, remedy)
+            self._warned = True
+        gc.collect()  # the error is gone here, and what its frames held with it
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
 
 
 def sample_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:

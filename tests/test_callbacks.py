@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import rlhf.callbacks
+import rlhf.generate
 from rlhf.callbacks import (
     MetricsFile,
     PrecisionGuard,
@@ -185,6 +186,31 @@ def test_table_of_samples(width):
 def test_samples_of_a_reward_model_show_its_score():
     rows = [{"messages": [{"role": "user", "content": "hi"}], "response": "hello", "score": 0.25}]
     assert sample_table(rows, 80).splitlines()[0].split() == ["prompt", "reply", "score"]
+
+
+def test_samples_that_do_not_fit_are_left_out(train, parents, tmp_path, monkeypatch, caplog):
+    """The training and its batch are those of a run whose samples fit, and other errors are raised."""
+    keys = {**parents("sft"), "max_steps": 3, "sample_steps": 1, "per_device_train_batch_size": 2}
+    whole = train("sft", tmp_path / "whole", **keys)
+    generate, failing = rlhf.generate.sample_ids, iter([False, True, True, False])
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+
+    def sample(*args, **kwargs):
+        if next(failing):
+            raise error
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(rlhf.generate, "sample_ids", sample)
+    run = train("sft", tmp_path / "run", **keys)
+    assert {row["step"] for row in run.rows("samples.jsonl")} == {0, 3}
+    told = [r for r in caplog.records if r.message.startswith("no samples at step")]
+    assert [(r.levelname, "lower `num_samples`" in r.message) for r in told] == [("WARNING", True), ("INFO", False)]
+    name = "adapter_model.safetensors"
+    assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert not (run.folder / "fitted_batch.json").exists()
+    error, failing = RuntimeError("another"), iter([True])
+    with pytest.raises(RuntimeError, match="another"):
+        train("sft", tmp_path / "other", **keys)
 
 
 class TensorBoardCallback(TrainerCallback):
