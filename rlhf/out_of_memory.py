@@ -91,6 +91,8 @@ def report(folder: Path, values: Mapping[str, Any], error: BaseException, rank: 
     """
     asked = sizes_of(values)
     if TRAIN not in asked:
+        if told := advice_of_sampling(values):
+            error.add_note(told)
         return
     in_use, key = remembered(folder, asked), _size_to_blame(error, asked)
     state = _read(folder, asked) or {"asked": asked, "in_use": in_use, "history": []}
@@ -143,6 +145,22 @@ def advice(values: Mapping[str, Any], in_use: Mapping[str, int], key: str = TRAI
         )
     lines.append("- a smaller base in `model_name_or_path`, or a smaller `lora_r`.")
     return "\n".join(lines)
+
+
+def advice_of_sampling(values: Mapping[str, Any]) -> str:
+    """What to lower where a stage replies and trains nothing (`evaluate`, `pairs`); empty for any other."""
+    if "max_new_tokens" not in values:
+        return ""
+    remedies = {  # with the least that each may be
+        "batch_size": (1, "fewer replies at a time, which takes longer"),
+        "max_length": (1, "shorter prompts: older turns are dropped"),
+        "num_generations": (2, "all replies to a prompt are decoded together, however small `batch_size` is"),
+    }
+    lines = ["Out of memory. What to lower, the cheapest remedy first:"]
+    for key, (least, why) in remedies.items():
+        if (value := values.get(key, least)) > least:
+            lines.append(f"- `{key}: {max(least, value // 2)}` (now {value}): {why}.")
+    return "\n".join([*lines, "- a smaller base in `model_name_or_path`."])
 
 
 def _size_to_blame(error: BaseException, asked: Mapping[str, int]) -> str:

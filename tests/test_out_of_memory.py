@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ import rlhf
 from rlhf import launching, pipeline
 from rlhf.config import values_of
 from rlhf.out_of_memory import FILE, advice, is_out_of_memory, remembered, report, sizes_of, smaller, take_report
+from rlhf.pairs import PERSON
 from rlhf.pipeline import run_step
 from rlhf.record import RunError, read_record
+from rlhf.record import stage as run_inside
 
 ASKED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 8}
 TRAINING = {
@@ -111,8 +114,29 @@ def test_the_functions_that_are_looked_for_exist():
 
 
 def test_a_stage_without_a_train_batch_reports_nothing(tmp_path):
-    report(tmp_path, {"max_length": 64}, torch.OutOfMemoryError(), 0)
-    assert not (tmp_path / FILE).exists()
+    error = torch.OutOfMemoryError()
+    report(tmp_path, {"max_length": 64, "batch_size": 8}, error, 0)  # as `base`, whose batch decides what it learns
+    assert not (tmp_path / FILE).exists() and not hasattr(error, "__notes__")
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "named"),
+    [
+        ("pairs", {}, ["batch_size: 32", "max_length: 512", "num_generations: 2"]),
+        ("pairs", {"batch_size": 1, "num_generations": 3}, ["max_length: 512", "num_generations: 2"]),
+        ("pairs", {"num_generations": 2}, ["batch_size: 32", "max_length: 512"]),
+        ("evaluate", {"max_length": 64}, ["batch_size: 32", "max_length: 32"]),
+    ],
+)
+def test_a_stage_that_replies_names_what_to_lower(stage, keys, named, tmp_path):
+    """In the error and in training.log, which the message of a stage with a process of its own points to."""
+    given = {"sft_adapter": "nowhere", "judge": PERSON} if stage == "pairs" else {"systems": {"base": None}}
+    config = pipeline.config_classes(stage)[0](output_dir=str(tmp_path / stage), dataset="nowhere", **given, **keys)
+    with pytest.raises(torch.OutOfMemoryError) as caught, run_inside(stage, tmp_path / stage, [config], seed=0):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    told = caught.value.__notes__[0]
+    assert re.findall(r"^- `(\w+: \d+)`", told, re.MULTILINE) == named
+    assert told in (tmp_path / stage / "training.log").read_text()
 
 
 def test_advice_when_nothing_is_left(tmp_path):
