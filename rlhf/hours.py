@@ -68,7 +68,7 @@ def training_hours(
         steps = math.ceil(rows.train / (batch * accumulation * gpus) * values["num_train_epochs"])
     seconds = steps * accumulation * pass_seconds(train, share)
     batches = math.ceil(rows.heldout / (values["per_device_eval_batch_size"] * gpus))
-    seconds += _times(values, "eval", steps) * batches * pass_seconds(evaluate, share)
+    seconds += _evaluations(values, steps) * batches * pass_seconds(evaluate, share)
     if values["stage"] != "reward":
         seconds += (1 + steps // values["sample_steps"]) * 40 * decode
     return (seconds + SECONDS_A_STAGE) / 3600
@@ -84,7 +84,18 @@ def ppo_hours(
     length: int,
     decode: float,
 ) -> float:
-    """Of PPO: replies, their scores under policy, reference and rewards, updates, and held-out rollouts."""
+    """Of PPO: replies, their scores under policy, reference and rewards, updates, and held-out rollouts.
+
+    Args:
+        values: The stage's settings; `generation_batch_size` is of the replies that were counted.
+        rows: Its prompts.
+        train: A training step of a train batch of rows of `length` tokens.
+        score: A forward pass of as many.
+        prefill: The reading of the prompts that are replied to together.
+        gpus: That share a rollout.
+        length: Tokens of the rows that were counted, reply included.
+        decode: Seconds of a decoded token.
+    """
     share = min(1.0, (rows.mean + values["response_length"]) / length)
     batch, accumulation = values["per_device_train_batch_size"], values["gradient_accumulation_steps"]
     local = batch * accumulation * values["num_mini_batches"]
@@ -93,17 +104,15 @@ def ppo_hours(
     reply = pass_seconds(prefill, share) + values["response_length"] * decode
     passes = 2 + values["reward_adapters"]
 
-    def rollout(episodes: int) -> float:
-        return math.ceil(episodes / together) * reply + math.ceil(episodes / batch) * passes * pass_seconds(
-            score, share
-        )
+    def rollout(episodes: int, passes: int) -> float:
+        scored = math.ceil(episodes / batch) * passes * pass_seconds(score, share)
+        return math.ceil(episodes / together) * reply + scored
 
     updates = values["num_ppo_epochs"] * values["num_mini_batches"] * accumulation
-    seconds = rollouts * (rollout(local) + updates * pass_seconds(train, share))
+    seconds = rollouts * (rollout(local, passes) + updates * pass_seconds(train, share))
     steps = rollouts * values["num_ppo_epochs"] * values["num_mini_batches"]
-    size = min(values["per_device_eval_batch_size"], together)
-    batches = math.ceil(rows.heldout / gpus / size)
-    seconds += _times(values, "eval", steps) * batches * rollout(size)
+    # All held-out prompts are one rollout; one more pass is for the likelihood of the reference replies.
+    seconds += _evaluations(values, steps) * rollout(math.ceil(rows.heldout / gpus), passes + 1)
     if values.get("probe"):
         seconds += (1 + steps // values["probe_steps"]) * math.ceil(144 / 64) * reply
     return (seconds + SECONDS_A_STAGE) / 3600
@@ -133,10 +142,18 @@ def evaluation_hours(
     return (len(values["systems"]) * seconds + SECONDS_A_STAGE) / 3600
 
 
-def _times(values: Mapping[str, Any], what: str, steps: int) -> int:
-    """How often a training stops to evaluate."""
-    strategy = str(getattr(values[f"{what}_strategy"], "value", values[f"{what}_strategy"]))
-    if strategy == "no":
+def evaluates(values: Mapping[str, Any]) -> bool:
+    """Whether a training stops to evaluate at all."""
+    return _strategy(values) != "no"
+
+
+def _evaluations(values: Mapping[str, Any], steps: int) -> int:
+    """How often it does."""
+    if not evaluates(values):
         return 0
-    every = values[f"{what}_steps"] or values["logging_steps"]
-    return int(steps // every) if strategy == "steps" else max(1, round(values["num_train_epochs"]))
+    every = values["eval_steps"] or values["logging_steps"]
+    return int(steps // every) if _strategy(values) == "steps" else max(1, round(values["num_train_epochs"]))
+
+
+def _strategy(values: Mapping[str, Any]) -> str:
+    return str(getattr(values["eval_strategy"], "value", values["eval_strategy"]))

@@ -5,7 +5,11 @@ does not show is worked out by rules, and marked with a star: the optimiser's st
 workspace, the cache of the rollout, the CUDA context and fragmentation; of the counted parts, 4-bit layers.
 """
 
+import bisect
+import itertools
 import json
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,9 +29,19 @@ from trl import ModelConfig
 from rlhf.config import values_of
 from rlhf.data.columns import load_rows, preference_columns, prompt_columns, sft_columns
 from rlhf.doctor import Finding, Status
-from rlhf.hours import RULE, WEEK_HOURS, Rows, evaluation_hours, ppo_hours, token_seconds, training_hours
+from rlhf.hours import (
+    RULE,
+    WEEK_HOURS,
+    Rows,
+    evaluates,
+    evaluation_hours,
+    ppo_hours,
+    token_seconds,
+    training_hours,
+)
 from rlhf.meta_step import T4, Device, Measured, StepShape, measure
 from rlhf.model import load_tokenizer
+from rlhf.out_of_memory import ACCUMULATION, EVAL, GENERATION, TRAIN, smaller
 
 GIB = 2**30
 
@@ -84,6 +98,11 @@ class Setting:
     def length(self) -> int:
         """Tokens of the longest row, reply included."""
         return min(self.max_length, self.longest or self.max_length) + self.response_length
+
+    @property
+    def eval_batch(self) -> int:
+        """Rows, pairs or episodes of a held-out forward pass; PPO takes the train batch there."""
+        return self.per_device_train_batch_size if self.stage == "ppo" else self.per_device_eval_batch_size
 
     def shape(self) -> StepShape:
         """The size of a training step."""
@@ -143,7 +162,7 @@ def memory(
         args: Of its adapters.
         device: What it runs on; on a CPU there is no context, workspace or fragmentation.
         gpus: Processes that share a step.
-        local_rollout: Episodes of a rollout on one device, for PPO.
+        local_rollout: Episodes of the largest rollout on one device, held-out ones included, for PPO.
         training_only: Leave out held-out batches, and the check of a saved reward adapter.
     """
     prompts = setting.prompts(local_rollout)
@@ -195,13 +214,10 @@ def _measure(
     setting: Setting, config: PreTrainedConfig, args: ModelConfig, device: Device, prompts: tuple[int, int] | None
 ) -> Measured:
     """As [`rlhf.meta_step.measure`], once for each question."""
-    key = (setting.stage, setting.shape(), setting.per_device_eval_batch_size, prompts, device, config.to_json_string(),
-           repr(args))  # fmt: skip
+    key = (setting.stage, setting.shape(), setting.eval_batch, prompts, device, config.to_json_string(), repr(args))
     if key not in _MEASURED:
         try:
-            _MEASURED[key] = measure(
-                setting.stage, config, args, setting.shape(), device, setting.per_device_eval_batch_size, prompts
-            )
+            _MEASURED[key] = measure(setting.stage, config, args, setting.shape(), device, setting.eval_batch, prompts)
         except (RuntimeError, NotImplementedError) as error:  # a branch on a value, which "meta" tensors have not
             raise PlanError(
                 f"The stage {setting.stage!r} of a base of type {config.model_type} cannot be planned, since its step "
@@ -311,33 +327,29 @@ def nearest(
     alone = sum(weights.get(name, 0) for name in ("weights", "adapters", "gradients", "DDP buckets*", "optimiser*"))
     if alone + CONTEXT_BYTES > card.size and not setting.load_in_4bit:
         changes = {"load_in_4bit": True}
-    for change in _ladder(setting):
-        if fits(changes):
-            break
-        changes |= change
-    if not fits(changes):
+    rungs = list(itertools.accumulate(_ladder(setting), operator.or_, initial=changes))
+    lowest = bisect.bisect_left(rungs, True, key=fits)
+    if lowest == len(rungs):
         return None
+    changes = dict(rungs[lowest])
     for key in list(changes):  # what turned out not to be needed
         fewer = {other: value for other, value in changes.items() if other != key}
         if fits(fewer):
             changes = fewer
-    batch = changes.get("per_device_train_batch_size")
-    if batch:  # the same number of rows an optimiser step
-        rows = setting.per_device_train_batch_size * setting.gradient_accumulation_steps
-        changes["gradient_accumulation_steps"] = rows // batch
+    if TRAIN in changes:
+        changes[ACCUMULATION] = _changed(setting, changes).gradient_accumulation_steps
     return changes
 
 
 def _ladder(setting: Setting) -> list[dict[str, Any]]:
     """One change after another, each on top of those before."""
     steps: list[dict[str, Any]] = []
-    train, held, together = (
-        setting.per_device_train_batch_size, setting.per_device_eval_batch_size, setting.generation_batch_size
-    )  # fmt: skip
-    while max(train, held, together) > 1:
-        train, held, together = max(1, train // 2), max(1, held // 2), max(1, together // 2)
-        step = {"per_device_train_batch_size": train, "per_device_eval_batch_size": held}
-        steps.append({**step, **({"generation_batch_size": together} if setting.generation_batch_size else {})})
+    keys = [TRAIN, GENERATION if setting.generation_batch_size else EVAL]
+    sizes = {key: getattr(setting, key) for key in (*keys, ACCUMULATION)}
+    while any(sizes[key] > 1 for key in keys):
+        for key in keys:
+            sizes = smaller(sizes, key) or sizes
+        steps.append({key: sizes[key] for key in keys})
     if not setting.gradient_checkpointing:
         steps.append({"gradient_checkpointing": True})
     length = setting.max_length
@@ -350,10 +362,9 @@ def _ladder(setting: Setting) -> list[dict[str, Any]]:
 
 
 def _changed(setting: Setting, changes: Mapping[str, Any]) -> Setting:
-    """The setting with these changes; where the batch shrinks, an optimiser step keeps its number of rows."""
-    batch = changes.get("per_device_train_batch_size", setting.per_device_train_batch_size)
-    rows = setting.per_device_train_batch_size * setting.gradient_accumulation_steps
-    return replace(setting, **{"gradient_accumulation_steps": rows // batch, **changes})
+    """The setting with these changes; where the batch shrinks to a divisor, an optimiser step keeps its number of rows."""
+    factor = setting.per_device_train_batch_size // changes.get(TRAIN, setting.per_device_train_batch_size)
+    return replace(setting, **{ACCUMULATION: setting.gradient_accumulation_steps * factor, **changes})
 
 
 # --- what `rlhf check` shows ------------------------------------------------------------------------------------------
@@ -370,6 +381,7 @@ class StagePlan:
         changes: What makes it fit; None where nothing does.
         hours: Estimated.
         rows: What the hours are for.
+        left_out: What the stage loads beside this, and neither memory nor hours have.
     """
 
     stage: str
@@ -378,6 +390,7 @@ class StagePlan:
     changes: Mapping[str, Any] | None
     hours: float
     rows: Rows
+    left_out: str = ""
 
 
 def visible_card() -> Card:
@@ -416,15 +429,14 @@ def _plan_stage(
     config = base_config(values["model_name_or_path"])
     lengths = _lengths(stage, values)
     setting = setting_of(stage, values, lengths[1] if lengths else None)
-    local = None
-    if stage == "ppo":
-        local = setting.per_device_train_batch_size * setting.gradient_accumulation_steps * values["num_mini_batches"]
+    rows = _rows(stage, values, prepare, lengths)
+    local = _largest_rollout(values, rows, card.number) if stage == "ppo" else None
     found = memory(setting, config, args, T4, card.number, local)
     changes = nearest(setting, config, args, card, local)
     if changes:  # the time is that of what would be run
         setting, values = _changed(setting, changes), {**values, **changes}
     work = memory(setting, config, args, T4, card.number, local).measured
-    rows = _rows(stage, values, prepare, lengths)
+    rows = replace(rows, mean=min(rows.mean, values["max_length"]))
     gpus, length = card.number, setting.length
     decode = _token_seconds(config, work, setting.prompts(local) or (4, length), values)
     if stage == "ppo":
@@ -434,7 +446,27 @@ def _plan_stage(
         hours = ppo_hours(values, rows, work.train, work.evaluate, work.prefill, gpus, length, decode)
     else:
         hours = training_hours(values, rows, work.train, work.evaluate, gpus, length, decode)
-    return StagePlan(stage, found, found.total <= card.size, changes, hours, rows)
+    return StagePlan(stage, found, found.total <= card.size, changes, hours, rows, _left_out(values))
+
+
+def _largest_rollout(values: Mapping[str, Any], rows: Rows, gpus: int) -> int:
+    """Episodes on one GPU: of a rollout of PPO, or of all held-out prompts, where these are more."""
+    local = values[TRAIN] * values[ACCUMULATION] * values["num_mini_batches"]
+    heldout = math.ceil(rows.heldout / gpus) if evaluates(values) else 0
+    return max(local, heldout)
+
+
+def _left_out(values: Mapping[str, Any]) -> str:
+    """Reward models of their own, which come with their own base."""
+    known = {values.get("reward_adapter"), values.get("reward_function")}
+    models = [
+        source
+        for source in map(str, values.get("rewards") or ())
+        if ":" not in source and source not in known and not (Path(source) / "adapter_config.json").is_file()
+    ]
+    if not models:
+        return ""
+    return f"left out of memory and hours: {', '.join(models)} of `rewards`, a model of its own on each GPU"
 
 
 def _plan_evaluation(
@@ -536,6 +568,7 @@ def plan_findings(stages: Mapping[str, Sequence[Any]], card: Card | None = None)
     for plan in plans:
         needed = f"{plan.memory.total / GIB:.2f} of {card.size / GIB:.2f} GiB on each GPU, " if plan.memory else ""
         found = f"{needed}{plan.hours:.2f} hours on {card.number} T4, estimated"
+        found += f"; {plan.left_out}" if plan.left_out else ""
         status: Status = "ok" if plan.fits else "fail" if card.here else "warn"
         findings.append(Finding(f"{plan.stage}: plan", status, found, "" if plan.fits else _remedy(plan)))
     return findings
@@ -567,15 +600,20 @@ def show_plan(
     lines = [
         Text(f"{plan.stage} does not fit. {_remedy(plan)}", style="bold red") for plan in trained if not plan.fits
     ]
+    lines += [Text(f"{plan.stage}: {plan.left_out}", style="yellow") for plan in plans if plan.left_out]
     lines += [Text(text, style="yellow") for text in map(access, names) if text]
     total = sum(plan.hours for plan in plans)
     share = total / WEEK_HOURS
     lines.append(
         Text(
-            f"in all {total:.1f} hours on {card.number} T4, {share:.0%} of Kaggle's {WEEK_HOURS} hours a week",
+            f"training and evaluation: {total:.1f} hours on {card.number} T4, {share:.0%} of Kaggle's {WEEK_HOURS} hours "
+            "a week",
             style="bold",
         )
     )
+    unplanned = [stage for stage in stages if stage not in {plan.stage for plan in plans}]
+    if unplanned:
+        lines.append(Text(f"not in these hours: {', '.join(unplanned)}", style="dim"))
     lines += [Text(f"{plan.stage}: {plan.rows.said}", style="dim") for plan in plans]
     lines.append(
         Text("* by a rule, not counted in the step. memory: GiB on each GPU; float16, LoRA in float32", style="dim")
