@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from rlhf.memory import T4_BYTES
+
 # What the project set out to reach: the least reduction that counts as met, of 60-70 % and of 75-80 %.
 TIME_TARGET, COST_TARGET = 0.60, 0.75
 
@@ -28,7 +30,7 @@ class Card:
 # read there: copies of the list of 2025 in public repositories have these numbers (looked up 2026-11-21). The peaks are of
 # NVIDIA's data sheets, without sparsity.
 CARDS = (
-    Card("T4", 16, 0.35, 65),
+    Card("T4", T4_BYTES / 1e9, 0.35, 65),  # what torch has of its 16 GB
     Card("L4", 24, 0.56, 121),
     Card("A100 40 GB", 40, 2.93, 312),
     Card("A100 80 GB", 80, 3.93, 312),

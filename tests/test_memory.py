@@ -1,5 +1,6 @@
 """The plan: counted pieces against hand computations, published numbers, and settings that really fit."""
 
+import contextlib
 import io
 import time
 from dataclasses import replace
@@ -12,9 +13,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from trl import ModelConfig
 
+from rlhf import cli
 from rlhf import memory as plan
+from rlhf.hours import Rows, evaluation_hours, pass_seconds, ppo_hours, training_hours
 from rlhf.memory import GIB, Card, Setting, base_config, kv_cache_bytes, memory, nearest, optimiser_bytes, published
-from rlhf.meta_step import BYTES_OF_4BIT, T4, Device, StepShape, StorageCounter, build, measure, parts, train_step
+from rlhf.meta_step import (
+    BYTES_OF_4BIT,
+    T4,
+    Device,
+    StepShape,
+    StorageCounter,
+    Work,
+    build,
+    measure,
+    parts,
+    train_step,
+)
 from rlhf.meta_step import _on as on_device
 from rlhf.pipeline import plan as plan_recipe
 
@@ -147,11 +161,19 @@ def test_roles_of_each_stage() -> None:
     assert critic.adapters / 4 > 4 * one
 
 
+CHEAP = [("reward", True), ("ppo", False)]
+
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize(
+    ("stage", "checkpointing"),
+    [
+        pytest.param(stage, checkpointing, marks=[] if (stage, checkpointing) in CHEAP else pytest.mark.slow)
+        for stage in ("sft", "reward", "dpo", "ppo")
+        for checkpointing in (True, False)
+    ],
+)
 def test_layers_that_are_not_run_are_added_rightly(stage: str, checkpointing: bool, monkeypatch) -> None:
     shape = StepShape(2, 48, 16, checkpointing, accumulates=False)
     prompts = None if stage == "reward" else (4, 32)
@@ -211,7 +233,7 @@ def test_llama_8b_fits_in_4bit_alone() -> None:
 
 
 def test_nearest_setting_is_batch_first_and_fits_when_planned_again() -> None:
-    config = small_llama(4)
+    config = small_llama()
     setting = Setting("sft", 16, 1, 16, 128, gradient_checkpointing=False)
     quarter = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "gradient_accumulation_steps": 4}
     small = memory(replace(setting, **quarter), config, lora()).total
@@ -229,6 +251,41 @@ def test_nothing_fits_a_card_that_holds_no_context() -> None:
     assert nearest(setting, small_llama(), lora(), Card()) == {}
 
 
+def of_the_reply(held: int, batch: int, together: int) -> Setting:
+    return Setting("ppo", batch, 1, held, 64, False, generation_batch_size=together, response_length=8)
+
+
+def test_ppo_does_not_read_the_eval_batch() -> None:
+    """Its held-out forward passes have the train batch's size."""
+    config = small_llama()
+    small, large = (memory(of_the_reply(held, 4, 2), config, lora(), training_only=False) for held in (1, 64))
+    assert small.parts == large.parts and small.measured == large.measured
+    assert all("per_device_eval_batch_size" not in rung for rung in plan._ladder(of_the_reply(64, 4, 2)))
+    assert plan._ladder(of_the_reply(64, 6, 4))[:3] == [
+        {"per_device_train_batch_size": batch, "generation_batch_size": together}
+        for batch, together in ((3, 2), (1, 1))
+    ] + [{"gradient_checkpointing": True}]
+
+
+def test_an_odd_batch_keeps_the_rows_of_a_step() -> None:
+    """5 rows become 1 x 5, and not 2 x 2; 9 x 2 become 3 x 6."""
+    config, setting = small_llama(), Setting("sft", 5, 1, 5, 128, gradient_checkpointing=False)
+    card = Card(size=int(memory(replace(setting, **one(5)), config, lora()).total) + 1)
+    changes = nearest(setting, config, lora(), card)
+    assert changes is not None
+    assert (changes["per_device_train_batch_size"], changes["gradient_accumulation_steps"]) == (1, 5)
+    first = plan._ladder(Setting("sft", 9, 2, 1, 128, True))[0]
+    assert plan._changed(Setting("sft", 9, 2, 1, 128, True), first).gradient_accumulation_steps == 6
+
+
+def one(rows: int) -> dict[str, int]:
+    return {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": rows,
+    }
+
+
 def test_reward_loads_the_base_twice_at_its_end() -> None:
     setting = Setting("reward", 1, 2, 1, 128, gradient_checkpointing=True)
     found = memory(setting, base_config("meta-llama/Llama-3.2-3B-Instruct"), lora(16))
@@ -240,12 +297,28 @@ def test_reward_loads_the_base_twice_at_its_end() -> None:
 
 
 def shown(recipe: str, card: Card | None = None, **overrides: str) -> str:
-    out = io.StringIO()
+    return told(stages_of(recipe, **overrides), card)[0]
+
+
+def stages_of(recipe: str, **overrides: str) -> dict[str, list]:
     steps = plan_recipe(RECIPES / recipe, False, None, Path("runs") / "nowhere", overrides)
-    plan.show_plan({step.stage: step.configs for step in steps}, Console(file=out, width=140), card or Card())
-    return out.getvalue()
+    return {step.stage: step.configs for step in steps}
 
 
+def told(stages: dict[str, list], card: Card | None = None) -> tuple[str, list[str]]:
+    """What is printed, on one line, and returned."""
+    out = io.StringIO()
+    missing = plan.show_plan(stages, Console(file=out, width=140), card or Card())
+    return " ".join(out.getvalue().replace("│", " ").split()), missing
+
+
+@pytest.fixture
+def small_base(monkeypatch) -> None:
+    """Two layers of width 64 in the place of each recipe's base."""
+    monkeypatch.setattr(plan, "base_config", lambda name: small_llama())
+
+
+@pytest.mark.slow
 def test_persona_chat_takes_five_hours_or_less(tmp_path: Path) -> None:
     steps = plan_recipe(RECIPES / "persona-chat", False, None, tmp_path, {})
     began = time.process_time()
@@ -256,11 +329,12 @@ def test_persona_chat_takes_five_hours_or_less(tmp_path: Path) -> None:
     assert 1 < sum(each.hours for each in plans) <= 5
 
 
-def test_table_names_what_is_a_rule() -> None:
+def test_table_names_what_is_a_rule(small_base) -> None:
     text = shown("demo")
     for part in ("weights", "adapters", "gradients", "optimiser*", "activations", "CUDA context*", "fragmentation*"):
         assert part in text
     assert "fits" in text and "an estimate" in text and "of Kaggle's 30 hours a week" in text
+    assert "training and evaluation: " in text and "not in these hours: prepare, base" in text
 
 
 def test_gated_base_names_licence_token_and_alternative() -> None:
@@ -275,9 +349,119 @@ def test_gated_base_names_licence_token_and_alternative() -> None:
         assert not entry.get("gated") or not published()[entry["ungated"]].get("gated")
 
 
-def test_what_does_not_fit_says_which_keys() -> None:
-    text = shown("demo", Card(size=int(0.47 * GIB)))
-    assert "NO" in text and "does not fit" in text
+def test_what_does_not_fit_says_which_keys(small_base) -> None:
+    sft = {"sft": stages_of("demo")["sft"]}
+    needed = plan.plan_stages(sft, Card())[0].memory.total
+    small = Card(size=int(needed) - 1)
+    text, missing = told(sft, small)
+    assert "NO" in text and "sft does not fit. It fits with `per_device_" in text
+    assert missing == []  # there may be other GPUs where it will run
+    assert [each.status for each in plan.plan_findings(sft, small)] == ["warn"]
+    here = replace(small, here=True)
+    assert told(sft, here)[1] == ["sft"]
+    assert [each.status for each in plan.plan_findings(sft, here)] == ["fail"]
+    assert told(sft, replace(here, size=16 * GIB))[1] == []
+
+
+@pytest.mark.parametrize(("size", "status"), [(0.47, 1), (16, 0)])
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_check_fails_by_what_does_not_fit_the_gpus_here(
+    size: float, status: int, form: list[str], small_base, monkeypatch
+) -> None:
+    """Everything else passes, so that the plan alone decides."""
+    monkeypatch.setattr(plan, "visible_card", lambda: Card("a card", int(size * GIB), 1, here=True))
+    monkeypatch.setattr("rlhf.doctor.examine", list)
+    monkeypatch.setattr("rlhf.check.show_recipe", lambda trainings: {})
+    monkeypatch.setattr("rlhf.check.as_findings", lambda trainings: [])
+    monkeypatch.setattr(cli, "_stages", lambda recipe, words: {"sft": stages_of("demo")["sft"]})
+    with pytest.raises(SystemExit) if status else contextlib.nullcontext() as end:
+        cli.main(["check", "demo", *form])
+    assert not status or end.value.code == 1
+
+
+def test_a_reward_model_of_its_own_is_named_as_left_out(small_base, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    values = {"reward_adapter": "runs/reward", "reward_function": "rlhf.rewards:persona_rule",
+              "rewards": {"runs/reward": 1, "rlhf.rewards:persona_rule": 1, str(tmp_path): 1, "org/judge-8b": 2}}  # fmt: skip
+    assert plan._left_out(values) == (
+        "left out of memory and hours: org/judge-8b of `rewards`, a model of its own on each GPU"
+    )
+    assert plan._left_out({**values, "rewards": {}}) == ""
+    stages = {"ppo": stages_of("demo")["ppo"]}
+    parents = next(config for config in stages["ppo"] if hasattr(config, "rewards"))
+    parents.rewards = {"org/judge-8b": 0.5}
+    assert "ppo: left out of memory and hours: org/judge-8b of `rewards`" in told(stages)[0]
+    assert "org/judge-8b" in plan.plan_findings(stages, Card())[0].found
+
+
+# --- hours by hand ----------------------------------------------------------------------------------------------------
+
+# Seconds of a pass, without kernels: nothing but what is given here counts. A stage's loading takes 90 s.
+HOURLY = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 5,
+          "num_train_epochs": 1.0, "max_steps": -1, "eval_strategy": "steps", "eval_steps": 20, "logging_steps": 1,
+          "sample_steps": 50, "stage": "sft"}  # fmt: skip
+ROWS = Rows(train=1600, heldout=100, mean=50, said="")
+
+
+@pytest.mark.parametrize(
+    ("more", "seconds"),
+    [
+        # 100 steps on two GPUs, of 2 passes of 3 s for rows half as long as counted: 300 s; 5 evaluations of 10 batches
+        # of 0.5 s: 25 s; 3 samplings of 40 tokens of 0.1 s: 12 s
+        ({}, 300 + 25 + 12),
+        ({"eval_strategy": "no"}, 300 + 12),
+        ({"eval_strategy": "epoch"}, 300 + 5 + 12),
+        ({"per_device_eval_batch_size": 50}, 300 + 2.5 + 12),
+        ({"max_steps": 20}, 60 + 5 + 4),
+        ({"stage": "reward"}, 300 + 25),
+    ],
+)
+def test_hours_of_a_training(more: dict, seconds: float) -> None:
+    found = training_hours({**HOURLY, **more}, ROWS, Work(seconds=3), Work(seconds=1), 2, 100, 0.1)
+    assert found * 3600 == pytest.approx(90 + seconds)
+
+
+@pytest.mark.parametrize(
+    ("more", "seconds"),
+    [
+        # A rollout of 4 x 2 x 2 = 16 episodes on each of 2 GPUs, so 10 of them for 320. Each: 2 times 8 replies of
+        # 1 s to read and 20 tokens of 0.1 s: 6 s; 4 pieces of 4 under policy, reference and 1 reward, of 0.5 s: 6 s;
+        # 3 epochs of 4 passes of 2 s: 24 s. An evaluation of 50 prompts a GPU: 7 x 3 s, 13 pieces x 4 passes x 0.5 s.
+        # It comes every 30 of 60 steps.
+        ({}, 10 * 36 + 2 * (21 + 26)),
+        ({"eval_strategy": "no"}, 10 * 36),
+        ({"reward_adapters": 0}, 10 * 34 + 2 * (21 + 19.5)),
+        ({"per_device_eval_batch_size": 64}, 10 * 36 + 2 * (21 + 26)),
+        ({"eval_strategy": "no", "probe": "a:b", "probe_steps": 30}, 10 * 36 + 3 * 3 * 3),
+    ],
+)
+def test_hours_of_ppo(more: dict, seconds: float) -> None:
+    values = {**HOURLY, "num_mini_batches": 2, "num_ppo_epochs": 3, "total_episodes": 320, "generation_batch_size": 8,
+              "response_length": 20, "reward_adapters": 1, "eval_steps": 30, **more}  # fmt: skip
+    works = Work(seconds=2), Work(seconds=0.5), Work(seconds=1)
+    found = ppo_hours(values, replace(ROWS, mean=80), *works, 2, 100, 0.1)
+    assert found * 3600 == pytest.approx(90 + seconds)
+
+
+def test_hours_of_an_evaluation() -> None:
+    """100 dialogues and 2 x 11 probes of 4 facts: 188 replies; 188 + 4 x 30 readings, each twice."""
+    values = {"max_dialogues": None, "max_personas": 2, "max_facts": 2, "max_ranked": 30, "batch_size": 16,
+              "max_new_tokens": 10, "systems": ["base", "sft"]}  # fmt: skip
+    # 6 batches of 1 s and 10 tokens of 0.1 s; 10 batches of 2 s; for each of two systems
+    found = evaluation_hours(values, ROWS, Work(seconds=2), 2, 100, 0.1)
+    assert found * 3600 == pytest.approx(90 + 2 * (6 * 2 + 10 * 2))
+
+
+def test_many_small_operations_take_what_starting_them_takes() -> None:
+    work = Work(seconds=1e-3, kernels=1000)
+    assert pass_seconds(work) == pytest.approx(0.025)
+    assert pass_seconds(replace(work, seconds=1.0), 0.5) == 0.5
+
+
+@pytest.mark.parametrize(("strategy", "episodes"), [("no", 16), ("steps", 50)])
+def test_the_largest_rollout_may_be_the_held_out_one(strategy: str, episodes: int) -> None:
+    values = {**HOURLY, "num_mini_batches": 2, "eval_strategy": strategy}
+    assert plan._largest_rollout(values, ROWS, 2) == episodes
 
 
 def test_unknown_base_says_how_to_get_its_configuration() -> None:

@@ -56,6 +56,12 @@ def test_each_side_on_its_own_card():
     assert "- cost: 75% less or better: met (85.0% less)" in text
 
 
+def test_a_t4_holds_what_torch_has_of_it():
+    """14.74 GiB are 15.83 GB, of which 1 is reserved: 14.9 GB, which 16 GB would hold, need the next card."""
+    savings = calculate_savings(lora(memory_gb=14.8), full(memory_gb=14.9), "a CPU")
+    assert (savings.lora.card, savings.full.card) == ("T4", "L4")
+
+
 def test_a_machine_that_is_no_card():
     """Seconds of a CPU are taken for the card's, which says so and cancels out."""
     savings = calculate_savings(lora(memory_rule="planned by hand"), full(), "a CPU", cards=CARDS)
