@@ -36,7 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTION = "persona-rlhf"
 HUB_SECONDS = 3.0
 STALE_SECONDS = 15 * 60.0  # DeepSpeed builds its operators in a few minutes
+KAGGLE = "KAGGLE_KERNEL_RUN_TYPE"
 KAGGLE_WORKING = Path("/kaggle/working")
+KAGGLE_CACHE = Path("/kaggle/temp/huggingface")
 COLAB_DRIVE = Path("/content/drive")
 
 Status = Literal["ok", "warn", "fail"]
@@ -274,7 +276,7 @@ def bitsandbytes(machine: Machine) -> Finding:
     if version is None:
         return Finding(name, "ok", f"not installed; for 4-bit bases: {upgrade}")
     if Version(version) < Version("0.46.1"):
-        return Finding(name, "fail", f"{version}: transformers wants 0.46.1 for 4-bit bases", upgrade)
+        return Finding(name, "warn", f"{version}: transformers wants 0.46.1 for 4-bit bases", upgrade)
     wanted = "".join((machine.torch_cuda or "").split(".")[:2])
     if machine.cards and wanted and wanted not in machine.bitsandbytes_cuda:
         has = ", ".join(machine.bitsandbytes_cuda) or "none"
@@ -371,14 +373,15 @@ def platform(machine: Machine) -> Finding:
     """Where results stay, on Kaggle and Colab, once the session has ended."""
     where, runs, models = platform_of(machine), machine.folders["runs"], machine.folders["models"]
     if where == "Kaggle":
-        kind = machine.environment.get("KAGGLE_KERNEL_RUN_TYPE", "")
+        kind = machine.environment.get(KAGGLE, "")
         found = f"Kaggle ({kind}): results in {runs}, models in {models}"
         if not runs.is_relative_to(KAGGLE_WORKING):
             return Finding("platform", "warn", f"{found}; only {KAGGLE_WORKING} is kept", f"cd {KAGGLE_WORKING}")
         if models.is_relative_to(KAGGLE_WORKING):
             remedy = "HF_HOME=/kaggle/temp/huggingface"
             return Finding("platform", "warn", f"{found}, which take from the 20 GB of {KAGGLE_WORKING}", remedy)
-        return Finding("platform", "ok", f"{found}; {KAGGLE_WORKING} keeps 20 GB of a saved version")
+        own = f"; `rlhf run` sets HF_HOME={KAGGLE_CACHE} for its stages" if cache_settings(machine.environment) else ""
+        return Finding("platform", "ok", f"{found}; {KAGGLE_WORKING} keeps 20 GB of a saved version{own}")
     if where == "Colab":
         found = f"Colab: results in {runs}"
         if runs.is_relative_to(COLAB_DRIVE):
@@ -390,9 +393,19 @@ def platform(machine: Machine) -> Finding:
 
 def platform_of(machine: Machine) -> str | None:
     """Kaggle or Colab, by the variables that they set."""
-    if "KAGGLE_KERNEL_RUN_TYPE" in machine.environment:
+    if KAGGLE in machine.environment:
         return "Kaggle"
     return "Colab" if "COLAB_RELEASE_TAG" in machine.environment else None
+
+
+def cache_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Where stages keep models on Kaggle: on its scratch disk, since its 20 GB of output are saved with the version.
+
+    A place that the user set stays, and so does a token that was stored by `hf auth login`.
+    """
+    if KAGGLE not in environment or {"HF_HOME", "HF_HUB_CACHE"} & environment.keys():
+        return {}
+    return {"HF_HOME": str(KAGGLE_CACHE), "HF_TOKEN_PATH": str(_hub_home(environment) / "token")}
 
 
 FINDINGS: tuple[Callable[[Machine], Finding], ...] = (
@@ -415,8 +428,9 @@ def _sm(card: Card) -> str:
 def machine() -> Machine:
     """The facts of this machine. Half a second, the hub's reply not counted, for which it waits a few seconds at most."""
     environment = dict(os.environ)
+    of_stages = {**environment, **cache_settings(environment)}
     cards = _cards(environment.get("CUDA_VISIBLE_DEVICES"))
-    folders = {"runs": Path("runs").resolve(), "models": _models_folder(environment)}
+    folders = {"runs": Path("runs").resolve(), "models": _models_folder(of_stages)}
     asked = _in_background(lambda: _hub_seconds(environment))
     available, nvlink = True, False
     archs: tuple[str, ...] = ()

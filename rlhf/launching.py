@@ -22,6 +22,8 @@ from unittest import mock
 import psutil
 import torch
 
+from rlhf.doctor import cache_settings
+
 logger = logging.getLogger(__name__)
 
 SECONDS_TO_MEET = 20.0  # from when the last rank came up until all have added up
@@ -73,13 +75,13 @@ def nccl_settings(capabilities: Sequence[tuple[int, int]], nvlink: bool) -> dict
 
 
 def environment(user: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables of a stage's processes: the user's, and before them what [`nccl_settings`] says of these cards."""
+    """The variables of a stage's processes: the user's, and before them what these cards and this platform need."""
     capabilities = [torch.cuda.get_device_capability(card) for card in range(torch.cuda.device_count())]
     settings = nccl_settings(capabilities, nvlink=len(capabilities) > 1 and has_nvlink())
     for name, value in settings.items():
         if name not in user:
             logger.info("%s=%s: cards of compute capability 7.5 without NVLink", name, value)
-    return {**settings, **user}
+    return {**settings, **cache_settings(user), **user}
 
 
 def has_nvlink() -> bool:

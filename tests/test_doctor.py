@@ -125,7 +125,7 @@ CASES = {
     ),
     "an old bitsandbytes": (
         replace(T4S, installed={**FINE["installed"], "bitsandbytes": "0.45.5"}),
-        "bitsandbytes", "fail", "0.45.5", "pip install -U 'bitsandbytes>=0.46.1'",
+        "bitsandbytes", "warn", "0.45.5", "pip install -U 'bitsandbytes>=0.46.1'",
     ),
     "bitsandbytes without this CUDA": (
         replace(T4S, bitsandbytes_cuda=("118", "126")), "bitsandbytes", "warn", "no binary for CUDA 12.8", "BNB_CUDA",
@@ -200,6 +200,11 @@ def test_every_finding_has_a_case_that_is_not_in_order():
             replace(T4S, environment={"COLAB_RELEASE_TAG": "r"}, folders={
                     "runs": Path("/content/drive/MyDrive/runs"), "models": Path("/root/.cache")}),
             "platform", "Colab: results in /content/drive",
+        ),
+        (
+            replace(T4S, environment={"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, folders={
+                    "runs": Path("/kaggle/working/runs"), "models": Path("/kaggle/temp/huggingface/hub")}),
+            "platform", "`rlhf run` sets HF_HOME=/kaggle/temp/huggingface for its stages",
         ),
         (replace(T4S, environment={"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}), "processes", "NCCL is told"),
     ],

@@ -89,6 +89,15 @@ def test_what_the_user_set_stays(monkeypatch):
     assert environment({"NCCL_P2P_DISABLE": "0"}) == {"NCCL_P2P_DISABLE": "0", "NCCL_IB_DISABLE": "1"}
 
 
+def test_models_lie_outside_of_what_kaggle_saves(monkeypatch):
+    kaggle = {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "XDG_CACHE_HOME": "/cache"}
+    token = "/cache/huggingface/token"  # where `hf auth login` left it
+    assert environment(kaggle) == {**kaggle, "HF_HOME": "/kaggle/temp/huggingface", "HF_TOKEN_PATH": token}
+    assert environment({**kaggle, "HF_TOKEN_PATH": "/mine"})["HF_TOKEN_PATH"] == "/mine"
+    for others in ({"COLAB_RELEASE_TAG": "r"}, {**kaggle, "HF_HOME": "/mine"}, {**kaggle, "HF_HUB_CACHE": "/mine"}):
+        assert environment(others) == others
+
+
 LEGEND = "\nLegend:\n  NV#  = Connection traversing a bonded set of # NVLinks\n"
 
 
