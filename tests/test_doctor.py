@@ -265,6 +265,14 @@ def test_a_hub_that_never_replies_is_not_waited_for():
     assert doctor._hub_seconds({"HF_HUB_OFFLINE": "1"}) == "offline"
 
 
+def test_the_models_of_kaggle_are_looked_for_where_stages_keep_them(monkeypatch):
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert doctor.machine().folders["models"] == Path("/kaggle/temp/huggingface/hub")
+
+
 def test_this_machine(monkeypatch):
     """Without the stack, so within seconds; torch itself is asked on machines with a card alone."""
     code = "import sys; from rlhf import doctor; facts = doctor.machine(); print(facts.installed['torch'])\n"
