@@ -161,9 +161,10 @@ def test_roles_of_each_stage() -> None:
     assert critic.adapters / 4 > 4 * one
 
 
-CHEAP = [("reward", True), ("ppo", False)]
-
 # --- the step ---------------------------------------------------------------------------------------------------------
+
+
+CHEAP = [("reward", True), ("ppo", False)]  # the others cost twenty seconds
 
 
 @pytest.mark.parametrize(
@@ -177,9 +178,9 @@ CHEAP = [("reward", True), ("ppo", False)]
 def test_layers_that_are_not_run_are_added_rightly(stage: str, checkpointing: bool, monkeypatch) -> None:
     shape = StepShape(2, 48, 16, checkpointing, accumulates=False)
     prompts = None if stage == "reward" else (4, 32)
-    few = measure(stage, small_llama(6), lora(), shape, prompts=prompts)
+    few = measure(stage, small_llama(4), lora(), shape, prompts=prompts)
     monkeypatch.setattr("rlhf.meta_step._FEW_LAYERS", (99, 100))
-    whole = measure(stage, small_llama(6), lora(), shape, prompts=prompts)
+    whole = measure(stage, small_llama(4), lora(), shape, prompts=prompts)
     assert few.parts == whole.parts
     for name in ("train", "evaluate", "prefill"):
         ours, theirs = getattr(few, name), getattr(whole, name)
@@ -224,7 +225,7 @@ def test_plan_against_a_real_training(tmp_path: Path) -> None:
 
 
 def test_llama_8b_fits_in_4bit_alone() -> None:
-    setting = Setting("sft", 4, 2, 4, 1024, gradient_checkpointing=True)
+    setting = Setting("sft", 1, 8, 1, 1024, gradient_checkpointing=True)
     config, card = base_config(LLAMA_8B), Card()
     assert memory(setting, config, lora(16)).total > card.size  # 15 GiB of weights
     changes = nearest(setting, config, lora(16), card)
