@@ -225,7 +225,7 @@ def test_plan_against_a_real_training(tmp_path: Path) -> None:
 
 
 def test_llama_8b_fits_in_4bit_alone() -> None:
-    setting = Setting("sft", 1, 8, 1, 1024, gradient_checkpointing=True)
+    setting = Setting("sft", 1, 8, 1, 512, gradient_checkpointing=True)
     config, card = base_config(LLAMA_8B), Card()
     assert memory(setting, config, lora(16)).total > card.size  # 15 GiB of weights
     changes = nearest(setting, config, lora(16), card)
