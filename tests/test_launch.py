@@ -107,7 +107,7 @@ def check_two_ranks(folder):
     return rows
 
 
-@pytest.mark.parametrize("stage", ["sft", pytest.param("reward", marks=slow), pytest.param("dpo", marks=slow), "ppo"])
+@pytest.mark.parametrize("stage", ["sft", *(pytest.param(stage, marks=slow) for stage in ("reward", "dpo", "ppo"))])
 def test_two_ranks(stage, launch):
     """two_t4.yaml on the CPU: MULTI_CPU would start one process, silently."""
     folder, _ = launch(stage, CONFIGS / "two_t4.yaml")
