@@ -294,7 +294,11 @@ def test_what_a_stage_started_ends_with_it(sent, tmp_path):
         f"pathlib.Path({str(file)!r}).write_text(str(child.pid))\n"
         "time.sleep(600)\n"
     )
-    code = f"from rlhf import launching\nlaunching.SECONDS_TO_STOP = 0.5\nlaunching.start(['-c', {stage!r}], 1)"
+    code = (
+        "import signal\nfrom rlhf import launching\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        f"launching.SECONDS_TO_STOP = 0.5\nlaunching.start(['-c', {stage!r}], 1)"
+    )
     run = subprocess.Popen([sys.executable, "-c", code], cwd=DEMO.parents[1], stderr=subprocess.DEVNULL)
     while not file.is_file() or not file.read_text():
         assert run.poll() is None
