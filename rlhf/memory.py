@@ -26,6 +26,7 @@ from rich.text import Text
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from rlhf.check import FILES
 from rlhf.config import values_of
 from rlhf.data.columns import load_rows, preference_columns, prompt_columns, sft_columns
 from rlhf.doctor import Finding, Status
@@ -51,7 +52,6 @@ T4_BYTES = int(14.74 * GIB)
 CONTEXT_BYTES = int(0.45 * GIB)  # assumed: driver, kernels and cuBLAS' workspace of a process
 FRAGMENTATION = 0.1  # assumed: of what comes and goes; the allocator rounds up and keeps holes
 SHORTEST = 256  # no shorter `max_length` is proposed
-FILES = {"sft": "dialogues", "reward": "preferences", "dpo": "preferences", "ppo": "prompts"}
 SAMPLED, LONGEST = 200, 8  # rows whose tokens are counted: spread over the file, and of the most characters
 ASSUMED_ROWS = 10_000  # where neither data nor recipe tell
 ROWS_A_DIALOGUE = 4  # a conversation of two personas: two sides, in pieces (3.7 measured on Synthetic-Persona-Chat)

@@ -357,6 +357,21 @@ def ppo_run(
     return _train("ppo", folder, model_name_or_path=tiny_llama, **parents)
 
 
+@pytest.fixture
+def parents(request: pytest.FixtureRequest, tiny_llama: Path, dataset: Path) -> Callable[[str], dict]:
+    """The keys of a stage that name its inputs."""
+
+    def of(stage: str) -> dict:
+        found = {"model_name_or_path": tiny_llama, "dataset": dataset}
+        if stage in ("dpo", "ppo"):
+            found["sft_adapter"] = request.getfixturevalue("sft_run").folder
+        if stage == "ppo":
+            found["reward_adapter"] = request.getfixturevalue("reward_run").folder
+        return found
+
+    return of
+
+
 @pytest.fixture(scope="session")
 def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where DeepSpeed builds its operator; in the usual folder a build that was killed locks out all later ones."""

@@ -40,21 +40,6 @@ def run(request):
     return request.getfixturevalue(f"{request.param}_run")
 
 
-@pytest.fixture
-def parents(request, tiny_llama, dataset):
-    """The keys of a stage that name its inputs."""
-
-    def of(stage):
-        found = {"model_name_or_path": tiny_llama, "dataset": dataset}
-        if stage in ("dpo", "ppo"):
-            found["sft_adapter"] = request.getfixturevalue("sft_run").folder
-        if stage == "ppo":
-            found["reward_adapter"] = request.getfixturevalue("reward_run").folder
-        return found
-
-    return of
-
-
 # The run folder
 
 

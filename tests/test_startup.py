@@ -176,18 +176,9 @@ def full_above(trainer, tokens):
     return tried, trainer.model.get_input_embeddings().register_forward_pre_hook(hook)
 
 
-def parents(stage, tiny_llama, dataset, request):
-    found = {"model_name_or_path": tiny_llama, "dataset": dataset}
-    if stage in ("dpo", "ppo"):
-        found["sft_adapter"] = request.getfixturevalue("sft_run").folder
-    if stage == "ppo":
-        found["reward_adapter"] = request.getfixturevalue("reward_run").folder
-    return found
-
-
 @pytest.mark.parametrize("stage", ["sft", pytest.param("reward", marks=pytest.mark.slow),
                                    pytest.param("dpo", marks=pytest.mark.slow), pytest.param("ppo", marks=pytest.mark.slow)])  # fmt: skip
-def test_the_probes_leave_nothing_behind(stage, train, tiny_llama, dataset, request, tmp_path, monkeypatch):
+def test_the_probes_leave_nothing_behind(stage, train, parents, request, tmp_path, monkeypatch):
     """A training with the one probe and a training with the other are the same, bit for bit."""
     usual = request.getfixturevalue(f"{stage}_run")  # with `check_start`
     called = []
@@ -199,7 +190,7 @@ def test_the_probes_leave_nothing_behind(stage, train, tiny_llama, dataset, requ
         called.append(stage)
 
     monkeypatch.setattr(callbacks, "prepare_training", other)
-    run = train(stage, tmp_path / stage, **parents(stage, tiny_llama, dataset, request))
+    run = train(stage, tmp_path / stage, **parents(stage))
     assert called == [stage] and not (tmp_path / stage / FILE).exists()
     weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (usual.folder, run.folder)]
     assert weights[0] == weights[1]
@@ -213,7 +204,7 @@ def test_the_probes_leave_nothing_behind(stage, train, tiny_llama, dataset, requ
     "stage",
     ["sft", pytest.param("reward", marks=pytest.mark.slow), pytest.param("dpo", marks=pytest.mark.slow), "ppo"],
 )
-def test_the_longest_rows_decide_the_batch(stage, train, tiny_llama, dataset, request, tmp_path):
+def test_the_longest_rows_decide_the_batch(stage, train, parents, request, tmp_path):
     """Room for two of the longest rows, asked for four: half the batch, twice the accumulation, the same steps."""
     seen = {}
 
@@ -232,7 +223,7 @@ def test_the_longest_rows_decide_the_batch(stage, train, tiny_llama, dataset, re
         seen["sizes"] = (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps)
 
     keys = {"total_episodes": 8} if stage == "ppo" else {"max_steps": 2}
-    run = train(stage, tmp_path / stage, tamper=tamper, **parents(stage, tiny_llama, dataset, request), **keys)
+    run = train(stage, tmp_path / stage, tamper=tamper, **parents(stage), **keys)
     sides = 2 if stage in ("reward", "dpo") else 1
     assert seen["tried"][:2] == [(4 * sides, seen["width"]), (2 * sides, seen["width"])]
     assert seen["sizes"] == (2, 2) and (tmp_path / stage / FILE).exists()
